@@ -1,0 +1,819 @@
+"""Stage 3: P3O, Pairwise Proximal Policy Optimization (Wu et al. 2023, arXiv:2310.00212, "the paper" below).
+
+    python p3o.py     the embedded task, after toy.py, sft.py and reward_model.py; other models: README.md
+
+P3O samples K >= 2 responses to a prompt and learns from the differences of their rewards alone. Preferences fix
+a reward only up to an offset per prompt; differences do not see that offset, and no critic has to learn it.
+
+    trajectory reward         R = r - beta log(pi_old / pi_SFT)               trajectory_reward
+    pairwise policy gradient  E (R1 - R2) grad log(pi(y1) / pi(y2)) / 2       pairwise_policy_gradient_loss
+    P3O-V1                    rho_1 and rho_2 clipped separately              p3o_loss(clipping="separate")
+    P3O-V2                    log(pi(y1) / pi(y2)) clipped                    p3o_loss(clipping="joint")
+
+Departures: K > 2 responses use all pairs (the paper has K = 2). Importance weights are held within exp(+-20), as
+float32 overflows soon after. --max_importance_weight comes from the first author's code and is off.
+
+Legend: B prompts, K responses to each, N = B * K rows; P prompt length, R response length, V vocabulary. Prompts
+are padded on the left, responses on the right. Masks are boolean, True counts. Log-probs and KL in nats.
+"""
+
+import json
+import math
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+import datasets
+import torch
+import transformers
+from jinja2 import TemplateError
+from tqdm import tqdm
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+    HfArgumentParser,
+)
+
+
+def flag(default, text):
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class Args:
+    model: str = flag("out/sft", "SFT model: where the policy starts, and the reference of the KL")
+    reward_model: str = flag("out/reward_model", "sequence-classification model with one label")
+    dataset: str = flag("data/toy/prompts", "hub name or local path; only its prompts are used")
+    output_dir: str = flag("out/p3o", "folder of this run")
+    seed: int = flag(0, "of data order and sampling")
+    device: str = flag("auto", "auto (cuda when there is one), cpu, cuda, cuda:1, ...")
+    dtype: Literal["float32", "bfloat16"] = flag(
+        "float32", "bfloat16: autocast; trained weights stay in float32"
+    )
+    learning_rate: float = flag(1e-4, "AdamW, constant; 1e-6 to 1e-5 for pretrained models")
+    steps: int = flag(120, "rollouts in all; may be raised on --resume")
+    prompts_per_step: int = flag(64, "B, prompts per rollout")
+    num_responses: int = flag(2, "K, responses per prompt; all K (K - 1) / 2 pairs are used")
+    epochs: int = flag(2, "passes over each rollout; 1 to 4")
+    minibatch_size: int = flag(32, "prompts per optimizer step, each with all its responses")
+    micro_batch_size: int = flag(0, "prompts per forward pass: same gradient, less memory; 0: the minibatch")
+    beta: float = flag(
+        0.2, "weight of the KL to the SFT model in the reward; 0.05 for HH in the first author's code"
+    )
+    clipping: Literal["joint", "separate", "none"] = flag(
+        "joint", "P3O-V2, P3O-V1, or the vanilla pairwise gradient"
+    )
+    clip_range: float = flag(0.2, "epsilon: of rho (separate), of the difference of log rho in nats (joint)")
+    max_importance_weight: float | None = flag(
+        None, "c: importance weights held in [1/c, c]; 10 in the author's code"
+    )
+    reward_shift: float = flag(
+        0.0, "times a fixed normal offset per prompt, added to the scores: P3O cannot notice"
+    )
+    missing_eos_penalty: float = flag(1.0, "subtracted from the score of a response cut off without EOS")
+    temperature: float = flag(1.0, "divides the logits, when sampling and in every log-prob")
+    prompt_length: int = flag(32, "tokens; longer prompts are dropped and counted")
+    response_length: int = flag(24, "tokens sampled at most, EOS included")
+    max_grad_norm: float = flag(1.0, "global gradient-norm clip")
+    eval_every: int = flag(20, "steps between evaluations on held-out prompts; 0: only before and after")
+    eval_prompts: int = flag(256, "held-out prompts of an evaluation")
+    save_every: int = flag(40, "steps between checkpoints; 0: only the last")
+    resume: bool = flag(
+        False, "continue from the last checkpoint; only steps, save_every and device may change"
+    )
+    overwrite: bool = flag(False, "replace the run in output_dir")
+
+
+# ------------------------------------------------------------------------------------------- the mathematics
+def trajectory_reward(score, logp_old_seq, logp_ref_seq, beta):
+    """R(x, y) = r(x, y) - beta log(pi_old(y|x) / pi_SFT(y|x)), one number per response [P3O, sec. 4].
+
+    All (B, K), log-probs in nats per response. float64 scores give float64 rewards, whose differences are exact.
+    """
+    return score - beta * (logp_old_seq - logp_ref_seq)
+
+
+def response_pairs(reward):
+    """The pairs i < j of K responses and R_i - R_j: (B, K) -> (pairs,), (pairs,), (B, pairs). ValueError if K < 2."""
+    if reward.dim() != 2 or reward.shape[1] < 2:
+        raise ValueError(f"reward must have shape (B, K) with K >= 2, got {tuple(reward.shape)}")
+    i, j = torch.triu_indices(reward.shape[1], reward.shape[1], offset=1, device=reward.device)
+    return i, j, (reward[:, i] - reward[:, j]).detach()
+
+
+def pairwise_policy_gradient_loss(logp_new_seq, reward):
+    """-(R1 - R2) (log pi(y1|x) - log pi(y2|x)) / 2: its gradient is minus the PPG [P3O, Theorem 1].
+
+    logp_new_seq (nats per response), reward: (B, K). Mean over prompts and all pairs of responses, which must come
+    from the current policy. For K > 2 this is REINFORCE leave-one-out. ValueError if K < 2 or shapes differ.
+    """
+    if logp_new_seq.shape != reward.shape:
+        raise ValueError(
+            f"shapes differ: logp_new_seq {tuple(logp_new_seq.shape)}, reward {tuple(reward.shape)}"
+        )
+    i, j, difference = response_pairs(reward)
+    return -(difference.to(logp_new_seq.dtype) * (logp_new_seq[:, i] - logp_new_seq[:, j]) / 2).mean()
+
+
+def p3o_loss(
+    logp_new_seq, logp_old_seq, reward, clip_range=0.2, clipping="joint", max_importance_weight=None
+):
+    """Minus the P3O objective, V1 (clipping="separate") or V2 (clipping="joint") [P3O, sec. 4].
+
+    V1:  A_i = sg[(R_i - R_-i) rho_-i]       -sum_i min(A_i rho_i, A_i clip(rho_i, 1 - eps, 1 + eps)) / 2
+    V2:  w = sg[(R_1 - R_2) rho_1 rho_2]     -min(w d, w clip(d, -eps, eps)) / 2     d = log rho_1 - log rho_2
+    The paper's d is log(pi(y1) / pi(y2)); less its value under pi_old it has the same gradient, and starts at 0.
+
+    logp_new_seq, logp_old_seq (nats per response), reward: (B, K). Mean over prompts and all pairs of responses.
+    max_importance_weight: c, the weight rho_1 rho_2 (V1: rho_-i) is held in [1/c, c]; None: it is not.
+    Returns (loss, {"clip_fraction": share of terms whose gradient the clip removed, "log_ratio_max": max |log rho|}).
+    ValueError if K < 2, shapes differ or clipping is neither of the two.
+    """
+    if not logp_new_seq.shape == logp_old_seq.shape == reward.shape:
+        raise ValueError(f"shapes differ: {[tuple(x.shape) for x in (logp_new_seq, logp_old_seq, reward)]}")
+    i, j, difference = response_pairs(reward)
+    difference = difference.to(logp_new_seq.dtype)  # (B, pairs)
+    log_rho = logp_new_seq - logp_old_seq  # (B, K)
+    held = log_rho + (log_rho.clamp(-20, 20) - log_rho).detach()  # holds the value, lets the gradient pass
+
+    def weight(log_weight):
+        bound = math.log(max_importance_weight) if max_importance_weight else math.inf
+        return log_weight.detach().clamp(-bound, bound).exp()
+
+    if clipping == "separate":
+        a = torch.cat([difference * weight(held[:, j]), -difference * weight(held[:, i])], 1)  # (B, 2 pairs)
+        rho = held[:, torch.cat([i, j])].exp()
+        unclipped, clipped = a * rho, a * rho.clamp(1 - clip_range, 1 + clip_range)
+    elif clipping == "joint":
+        w = difference / 2 * weight(held[:, i] + held[:, j])  # (B, pairs)
+        d = log_rho[:, i] - log_rho[:, j]
+        unclipped, clipped = w * d, w * d.clamp(-clip_range, clip_range)
+    else:
+        raise ValueError(f"clipping must be 'joint' or 'separate', got {clipping!r}")
+    stats = {"clip_fraction": (clipped < unclipped).float().mean().item()}
+    stats["log_ratio_max"] = log_rho.detach().abs().max().item()
+    return -torch.minimum(unclipped, clipped).mean(), stats
+
+
+# -------------------------------------------------------------------------------------- tokens and log-probs
+def pad(sequences, side, pad_id, device):
+    """Token lists -> ids (N, L), mask (N, L), padded to the longest on `side`, "left" or "right"."""
+    length = max(len(s) for s in sequences)
+    ids = torch.full((len(sequences), length), pad_id)
+    mask = torch.zeros(len(sequences), length, dtype=torch.bool)
+    for row, s in enumerate(sequences):
+        columns = slice(length - len(s), length) if side == "left" else slice(len(s))
+        ids[row, columns], mask[row, columns] = torch.tensor(s), True
+    return ids.to(device), mask.to(device)
+
+
+def model_inputs(prompt_ids, prompt_mask, response_ids, response_mask):
+    """Joins prompts and responses for a forward pass. Positions count real tokens: padding shifts nothing."""
+    ids = torch.cat([prompt_ids, response_ids], 1)
+    mask = torch.cat([prompt_mask, response_mask], 1).long()
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+
+
+def response_distributions(model, prompt_ids, prompt_mask, response_ids, response_mask, temperature=1.0):
+    """log pi(. | x, y_<t) at every response position: (B, R, V), float32 whatever the model's dtype."""
+    inputs = model_inputs(prompt_ids, prompt_mask, response_ids, response_mask)
+    keep = response_ids.shape[1] + 1  # the last prompt token predicts the first response token
+    logits = model(**inputs, use_cache=False, logits_to_keep=keep).logits[:, :-1]
+    return torch.log_softmax(logits.float() / temperature, -1)
+
+
+def response_logps(model, prompt_ids, prompt_mask, response_ids, response_mask, temperature=1.0):
+    """log pi(y_t | x, y_<t) in nats: (B, R), float32, 0 where response_mask is False; gradients flow.
+
+    Prompts (B, P) are padded on the left, responses (B, R) on the right; masks are boolean.
+    """
+    logps = response_distributions(model, prompt_ids, prompt_mask, response_ids, response_mask, temperature)
+    return logps.gather(-1, response_ids.unsqueeze(-1)).squeeze(-1).masked_fill(~response_mask, 0.0)
+
+
+def read_values(model, prompt_ids, prompt_mask, response_ids, response_mask):
+    """The score head read at the last prompt token and at each response token: (B, R + 1), float32.
+
+    Column t has seen t response tokens. By position: a pad id may be a real token elsewhere.
+    """
+    inputs = model_inputs(prompt_ids, prompt_mask, response_ids, response_mask)
+    hidden = model.base_model(**inputs, use_cache=False).last_hidden_state  # (B, P + R, D)
+    return model.score(hidden[:, prompt_ids.shape[1] - 1 :]).squeeze(-1).float()
+
+
+def read_score(model, prompt_ids, prompt_mask, response_ids, response_mask):
+    """r(x, y): the score head read at the last response token, EOS when there is one. (B,), float32."""
+    values = read_values(model, prompt_ids, prompt_mask, response_ids, response_mask)
+    return values.gather(1, response_mask.sum(1, keepdim=True)).squeeze(1)
+
+
+# ------------------------------------------------------------------------------------------------------ data
+FORMATS = (  # columns, named as in TRL, and responses per row; the first that fits is taken
+    (("prompt", "chosen", "rejected"), 2),
+    (("chosen", "rejected"), 2),  # implicit prompt: HH-RLHF dialogues, or whole conversations
+    (("prompt", "completion"), 1),
+    (("messages",), 1),
+    (("prompt",), 0),
+    (("text",), 1),  # completion of an empty prompt
+)
+
+
+def open_split(name, splits):
+    """Rows of the first of `splits` that a data set (hub name or local path) has, and that split's name.
+
+    A data set without held-out split lends the last 5% of its rows, at most 500, as "test".
+    """
+    require(is_findable(name), f"data set {name!r} does not exist", "name another; toy.py makes data/toy")
+    path = Path(name)
+    try:
+        if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+            data = datasets.load_from_disk(name)
+        elif path.is_file():
+            data = datasets.load_dataset("parquet" if path.suffix == ".parquet" else "json", data_files=name)
+        else:
+            data = datasets.load_dataset(name)
+        data = data if isinstance(data, dict) else {"train": data}
+        if not {"validation", "test"} & set(data):
+            rows = next(iter(data.values()))
+            data = rows.train_test_split(test_size=min(len(rows) // 20 + 1, 500), shuffle=False)
+    except Exception as error:  # each reader raises kinds of its own
+        wrong = f"cannot read data set {name!r} ({first_line(error.__cause__ or error)})"
+        raise RunError(wrong, "give JSON lines, parquet or a hub name") from None
+    split = next((split for split in splits if split in data), None)
+    require(split, f"data set {name!r} has splits {sorted(data)}", f"name one of them {splits[0]!r}")
+    return data[split], split
+
+
+def parse_row(row, tokenizer):
+    """A row of any format -> (prompt, [responses]) as text, conversations by the chat template.
+
+    ValueError says why a row cannot be used.
+    """
+    prompt, responses = row.get("prompt"), [row[column] for column in row if column != "prompt"]
+    if not all(isinstance(value, str | list) for value in row.values()):
+        raise ValueError("null or not text")
+    if any(isinstance(value, list) for value in row.values()):
+        prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        try:
+            if prompt is None or any(len(r) > 1 for r in responses):  # the last message is the response
+                prompt, *others = [r[:-1] for r in responses]
+                if any(other != prompt for other in others):
+                    raise ValueError("prompts of chosen and rejected differ")
+            text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+            return text, [r[-1]["content"] + "" for r in responses]
+        except (KeyError, TypeError, IndexError, TemplateError):
+            raise ValueError("not a conversation that the chat template accepts") from None
+    if (
+        prompt is None and "text" not in row
+    ):  # whole dialogues: the last turn of the assistant is the response
+        ends = [r.rfind("\n\nAssistant:") + len("\n\nAssistant:") for r in responses]
+        prompt, *others = [r[:end] for r, end in zip(responses, ends)]
+        if not prompt.endswith("\n\nAssistant:") or any(other != prompt for other in others):
+            raise ValueError("prompts of chosen and rejected differ")
+        responses = [r[len(prompt) :] for r in responses]
+    return prompt or "", responses
+
+
+def end_of_turn(tokenizer):
+    """Id of the token that the chat template puts behind an answer: the EOS of conversations."""
+    turns = [{"role": "user", "content": "ping"}, {"role": "assistant", "content": "pong"}]
+    tail = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("pong")[2]
+    return (tokenizer(tail, add_special_tokens=False)["input_ids"] or [tokenizer.eos_token_id])[0]
+
+
+def encode_row(row, num_responses, tokenizer, chat, eos_id, args):
+    """Texts and token ids of a row. Responses end in EOS or are cut at args.response_length. ValueError: unusable."""
+    prompt, responses = parse_row(row, tokenizer)
+    prompt_ids = tokenizer(prompt, add_special_tokens=not chat)["input_ids"] or [eos_id]
+    if len(prompt_ids) > args.prompt_length:
+        raise ValueError("prompt longer than --prompt_length")
+    if not all(r.strip() for r in responses[:num_responses]):
+        raise ValueError("empty response")
+    ids = [tokenizer(r, add_special_tokens=False)["input_ids"] + [eos_id] for r in responses[:num_responses]]
+    ids = [r[: args.response_length] for r in ids]
+    if num_responses == 2 and ids[0] == ids[1]:
+        raise ValueError("chosen and rejected are the same")
+    return {"prompt": prompt, "prompt_ids": prompt_ids, "response_ids": ids}
+
+
+def read_examples(name, splits, num_responses, tokenizer, args, limit=None):
+    """([{"prompt": text, "prompt_ids": [...], "response_ids": [[...], ...]}, ...], eos_id of the responses).
+
+    num_responses: 2 for preference pairs (chosen first), 1 for demonstrations, 0 for prompts. Rows that cannot be
+    used are dropped, counted and reported by reason; reading stops at `limit` examples.
+    """
+    rows, split = open_split(name, splits)
+    usable = [c for c, n in FORMATS if n >= num_responses and (num_responses or c != ("text",))]
+    columns = next((c for c in usable if set(c) <= set(rows.column_names)), None)
+    expected = " or ".join("+".join(c) for c in usable)
+    require(columns, f"data set {name!r} has columns {rows.column_names}", f"expected {expected}")
+    rows = rows.select_columns(list(columns))
+    chat = len(rows) > 0 and any(isinstance(value, list) for value in rows[0].values())
+    require(
+        not chat or tokenizer.chat_template,
+        f"{name!r} holds conversations",
+        "use a model with a chat template",
+    )
+    eos_id = end_of_turn(tokenizer) if chat else tokenizer.eos_token_id
+    examples, dropped = [], Counter()
+    for row in tqdm(rows, f"reading {name}", leave=False, disable=None):
+        try:
+            examples.append(encode_row(row, num_responses, tokenizer, chat, eos_id, args))
+        except ValueError as reason:
+            dropped[str(reason)] += 1
+        if len(examples) == limit:
+            break
+    used = f"{len(examples)} of {len(examples) + dropped.total()} rows used"
+    used += "".join(f", {n} dropped: {reason}" for reason, n in dropped.items())
+    print(f"{name} [{split}], {'+'.join(columns)}{' (conversations)' * chat}: {used}", flush=True)
+    require(examples, f"{name!r} [{split}]: {used}", "look at the data, or raise --prompt_length")
+    return examples, eos_id
+
+
+def data_order(num_rows, size, step, seed):
+    """Row numbers of step 1, 2, ...: passes over the data, each shuffled by its own seed: no state to save."""
+    places = [divmod(place, num_rows) for place in range((step - 1) * size, step * size)]
+    generators = {n: torch.Generator().manual_seed(seed * 10**6 + n) for n, _ in places}
+    orders = {n: torch.randperm(num_rows, generator=generators[n]) for n in generators}
+    return [orders[n][place].item() for n, place in places]
+
+
+# ---------------------------------------------------------------------------------------------------- models
+def load_tokenizer(name):
+    """The tokenizer of a model; where it has no padding token EOS serves, as masks go by position."""
+    require(
+        is_findable(name), f"model {name!r} does not exist", "run the stage that makes it, or name another"
+    )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # missing, broken, unknown: transformers raises many kinds
+        wrong = f"cannot load a tokenizer from {name!r} ({first_line(error)})"
+        raise RunError(wrong, "name a model's folder or hub id") from None
+    require(tokenizer.eos_token_id is not None, f"the tokenizer of {name!r} has no EOS", "use another model")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(auto_class, name, tokenizer, args, may_miss=(), **config):
+    """A decoder-only model from a folder or the hub. may_miss: weights that may be missing and start at random."""
+    try:
+        options = {"dtype": torch.float32, "output_loading_info": True}
+        model, info = auto_class.from_pretrained(name, **options, **config)
+    except Exception as error:
+        wrong = f"cannot load model {name!r} ({first_line(error)})"
+        raise RunError(wrong, "name a model's folder or hub id") from None
+    kind = "reward model" if "Classification" in auto_class.__name__ else "language model"
+    right = set(info["missing_keys"]) <= set(may_miss) and (
+        may_miss or "score.weight" not in info["unexpected_keys"]
+    )
+    require(right, f"{name!r} is not a {kind}", f"name a {kind}")
+    return prepare_model(model, name, tokenizer, args)
+
+
+def prepare_model(model, name, tokenizer, args):
+    """Checks that the model can do the work, and moves it to the device, in eval mode: no dropout, ever.
+
+    Weights stay in float32, where small updates are not rounded away; --dtype bfloat16 is autocast.
+    """
+    need, most = (
+        args.prompt_length + args.response_length,
+        getattr(model.config, "max_position_embeddings", None),
+    )
+    require(need <= (most or need), f"{name!r} holds {most} tokens, not {need}", "lower --prompt_length")
+    size = model.get_input_embeddings().num_embeddings
+    require(
+        len(tokenizer) <= size, f"{name!r} embeds {size} of {len(tokenizer)} tokens", "use its own tokenizer"
+    )
+    with torch.no_grad():
+        first = [model.eval().base_model(torch.tensor([[1, x]])).last_hidden_state[0, 0] for x in (2, 3)]
+    require(torch.equal(*first), f"{name!r} sees later tokens", "use a decoder-only model")
+    if args.dtype == "bfloat16":
+        autocast = torch.autocast(torch.device(args.device).type, torch.bfloat16)
+        model.forward, model.base_model.forward = autocast(model.forward), autocast(model.base_model.forward)
+    return model.to(args.device)
+
+
+def load_reward_model(name, tokenizer, args):
+    """The frozen reward model, stored in args.dtype, and its tokenizer, None when it is the policy's."""
+    own = load_tokenizer(name)
+    model = load_model(AutoModelForSequenceClassification, name, own, args).requires_grad_(False)
+    right = hasattr(model, "score") and model.num_labels == 1
+    require(right, f"{name!r} is not a decoder with one label", "train a reward model with reward_model.py")
+    return model.to(getattr(torch, args.dtype)), None if own.get_vocab() == tokenizer.get_vocab() else own
+
+
+def translate(batch, tokenizer, other):
+    """The same prompts and responses in the tokens of another tokenizer."""
+    prompt_ids, prompt_mask, response_ids, response_mask = batch
+    prompts = [tokenizer.decode(ids[mask]) for ids, mask in zip(prompt_ids, prompt_mask)]
+    texts = [
+        tokenizer.decode(ids[mask], skip_special_tokens=True)
+        for ids, mask in zip(response_ids, response_mask)
+    ]
+    prompts, texts = (other(x, add_special_tokens=False)["input_ids"] for x in (prompts, texts))
+    padding, eos = (other.pad_token_id, prompt_ids.device), [other.eos_token_id]
+    prompts = pad([ids or eos for ids in prompts], "left", *padding)
+    return *prompts, *pad([ids + eos for ids in texts], "right", *padding)
+
+
+# --------------------------------------------------------------------------------------------------- rollout
+def first_eos_mask(response_ids, eos_id):
+    """True up to and including the first EOS, False behind it: (N, R) -> (N, R). Pad may be EOS."""
+    is_eos = response_ids == eos_id
+    return is_eos.cumsum(1) - is_eos.int() == 0
+
+
+@torch.no_grad()
+def sample_responses(model, prompt_ids, prompt_mask, response_length, temperature, eos_id, pad_id):
+    """y ~ pi(.|x) from the whole distribution: no top-k, no top-p. Returns ids (N, R) and mask (N, R)."""
+    model.generation_config = GenerationConfig()  # a model's own defaults (penalties, top-k) must not leak in
+    ends = {"max_new_tokens": response_length, "eos_token_id": eos_id, "pad_token_id": pad_id}
+    config = GenerationConfig(do_sample=True, temperature=temperature, top_k=0, top_p=1.0, **ends)
+    ids = model.generate(input_ids=prompt_ids, attention_mask=prompt_mask.long(), generation_config=config)
+    response_ids = ids[:, prompt_ids.shape[1] :]
+    return response_ids, first_eos_mask(response_ids, eos_id)
+
+
+@torch.no_grad()
+def rollout(models, examples, num_responses, eos_id, tokenizer, args):
+    """K responses to each of B prompts, scored: tensors of N = B * K rows, K to a prompt, and seconds by phase.
+
+    models: policy, reference, reward model and its tokenizer (None: the same). score: r(x, y) less the missing-EOS
+    penalty, float64 (N,). logp_old_tok, logp_ref_tok, entropy_tok and kl_tok, the exact KL of the next-token
+    distributions: (N, R), nats. Log-probs come from the forward pass of training, not from the sampler.
+    """
+    policy, reference, reward_model, reward_tokenizer = models
+    pad_id, start = tokenizer.pad_token_id, time.perf_counter()
+    prompts = [example["prompt_ids"] for example in examples for _ in range(num_responses)]
+    prompts = pad(prompts, "left", pad_id, args.device)
+    limits = args.response_length, args.temperature, eos_id, pad_id
+    batch = *prompts, *sample_responses(policy, *prompts, *limits)
+    sampled, parts = time.perf_counter(), []
+    for part in zip(*(x.split(args.micro_batch_size * num_responses) for x in batch)):
+        ids, mask = part[2:]
+        old = response_distributions(policy, *part, args.temperature)  # (n, R, V)
+        ref = response_distributions(reference, *part, args.temperature)
+        per_token = [x.gather(-1, ids.unsqueeze(-1)).squeeze(-1) for x in (old, ref)]
+        per_token += [-(old.exp() * old).sum(-1), (old.exp() * (old - ref)).sum(-1)]
+        ended = ((ids == eos_id) & mask).any(1)
+        scored = translate(part, tokenizer, reward_tokenizer) if reward_tokenizer else part
+        score = read_score(reward_model, *scored).double() - args.missing_eos_penalty * ~ended
+        parts.append([x.masked_fill(~mask, 0.0) for x in per_token] + [score, ended])
+    names = "logp_old_tok", "logp_ref_tok", "entropy_tok", "kl_tok", "score", "ended"
+    result = dict(zip(("prompt_ids", "prompt_mask", "response_ids", "response_mask"), batch))
+    result |= {name: torch.cat(values) for name, values in zip(names, zip(*parts))}
+    return result, {"seconds_rollout": sampled - start, "seconds_score": time.perf_counter() - sampled}
+
+
+def rollout_metrics(batch, num_responses, beta):
+    """Means of a rollout. reward, objective (reward - beta kl), kl, kl_exact: per response, in nats where a log is;
+    entropy: nats per token; perplexity under the reference; response_length: tokens; eos_rate;
+    frac_identical_pairs: of the pairs of responses to a prompt."""
+    mask, tokens = batch["response_mask"], batch["response_mask"].sum()
+    reward, kl = batch["score"].mean(), (batch["logp_old_tok"] - batch["logp_ref_tok"]).sum(1).mean()
+    metrics = {"reward": reward, "objective": reward - beta * kl, "kl": kl}
+    metrics["kl_exact"] = batch["kl_tok"].sum(1).mean()
+    metrics["entropy"] = batch["entropy_tok"].sum() / tokens
+    metrics["perplexity"] = (-batch["logp_ref_tok"].sum() / tokens).exp()
+    metrics["response_length"] = tokens / len(mask)
+    metrics["eos_rate"] = batch["ended"].float().mean()
+    if num_responses > 1:
+        ids = batch["response_ids"].masked_fill(~mask, -1).unflatten(0, (-1, num_responses))  # (B, K, R)
+        i, j = torch.triu_indices(num_responses, num_responses, offset=1)
+        metrics["frac_identical_pairs"] = (ids[:, i] == ids[:, j]).all(-1).float().mean()
+    return {name: value.item() for name, value in metrics.items()}
+
+
+def printable(text):
+    """For the terminal: control characters are written out, so that no text can drive it."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def cost_metrics(tokens, seconds):
+    """Seconds by phase, response tokens per second of all of them, peak memory (of the GPU, else of the process)."""
+    peak = torch.cuda.max_memory_allocated() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return seconds | {"tokens_per_second": tokens / sum(seconds.values()), "peak_memory_gb": peak / 1e9}
+
+
+def evaluate(step, models, held_out, eos_id, tokenizer, args):
+    """eval_ metrics on held-out prompts, with the same random numbers at every step; texts go to samples.jsonl."""
+    torch.manual_seed(args.seed * 10**6)
+    batch, _ = rollout(models, held_out, 1, eos_id, tokenizer, args)
+    kl = (batch["logp_old_tok"] - batch["logp_ref_tok"]).sum(1)
+    for row, example in enumerate(held_out):
+        ids = batch["response_ids"][row][batch["response_mask"][row]]
+        text = {"prompt": example["prompt"], "response": tokenizer.decode(ids, skip_special_tokens=True)}
+        numbers = {"reward": batch["score"][row].item(), "kl": kl[row].item()}
+        append_jsonl(args, "samples.jsonl", {"step": step} | text | numbers)
+    return {f"eval_{name}": value for name, value in rollout_metrics(batch, 1, args.beta).items()}
+
+
+def print_result(args, seconds):
+    """The last line: what the policy reached on the held-out prompts, from what, and where it is."""
+    rows = [json.loads(line) for line in open(Path(args.output_dir, "metrics.jsonl"))]
+    first, last = [row for row in rows if "eval_reward" in row][:: len(rows) - 1 or 1][0], rows[-1]
+    reached = f"reward {first['eval_reward']:.3f} -> {last['eval_reward']:.3f} at KL {last['eval_kl']:.2f} nats/response"
+    print(
+        f"{args.output_dir}: {reached} on held-out prompts; {last['step']} steps, {seconds / 60:.1f} minutes"
+    )
+
+
+# ------------------------------------------------- checkpoints and failures (the same bytes in every script)
+ZERO_ALLOWED = ["seed", "eval_every", "save_every", "micro_batch_size", "beta", "reward_shift", "margin"]
+ZERO_ALLOWED += ["missing_eos_penalty", "lm_coef"]
+DATA_FILES = (".json", ".jsonl", ".gz", ".parquet")
+MAY_CHANGE = ["steps", "save_every", "device", "resume", "overwrite"]
+received_signals = []
+
+
+class RunError(Exception):
+    """An expected failure in one line: what is wrong; what to do. Exit status 2: the input, 1: the run."""
+
+    def __init__(self, wrong, todo, status=2):
+        super().__init__(f"{wrong}; {todo}")
+        self.status = status
+
+
+def require(condition, wrong, todo, status=2):
+    if not condition:
+        raise RunError(wrong, todo, status)
+
+
+def first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def is_findable(name):
+    """A path that exists, or what the hub may know: owner/name, not a data file nor a folder that a stage writes."""
+    on_hub = re.fullmatch(r"(?!\.|out/|data/)[\w.-]+(/[\w.-]+)?", name) and not name.endswith(DATA_FILES)
+    return Path(name).exists() or bool(on_hub)
+
+
+def check_args(args):
+    """Numbers in range, batches that divide, a device that works, a free output folder. Writes nothing."""
+    for name, value in vars(args).items():
+        low = 0 if name in ZERO_ALLOWED else 1 if type(value) is int else 1e-12
+        in_range = type(value) not in (int, float) or low <= value <= 1e9
+        require(in_range, f"--{name} {value} is out of range", f"give a number of at least {low}")
+    if hasattr(args, "minibatch_size"):
+        args.micro_batch_size = args.micro_batch_size or args.minibatch_size
+        n, m, k = (getattr(args, x, 0) for x in ("prompts_per_step", "minibatch_size", "micro_batch_size"))
+        require(n % m == 0, f"--minibatch_size {m} does not divide --prompts_per_step {n}", "give a divisor")
+        require(m % k == 0, f"--micro_batch_size {k} does not divide --minibatch_size {m}", "give a divisor")
+    try:
+        args.device = (
+            ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+        )
+        torch.zeros(1, device=args.device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise RunError(
+            f"cannot use --device {args.device} ({first_line(error)})", "give cpu or cuda"
+        ) from None
+    folder = Path(args.output_dir).absolute()
+    parent = next(path for path in (folder, *folder.parents) if path.exists())
+    require(
+        parent.is_dir() and os.access(parent, os.W_OK),
+        f"{parent} cannot be written",
+        "choose another --output_dir",
+    )
+    inputs = [Path(getattr(args, name, "")).absolute() for name in ("model", "reward_model", "dataset")]
+    inside = any(folder in (path, *path.parents) for path in inputs)
+    require(not inside, f"--output_dir {folder} holds an input", "choose another --output_dir")
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    require(
+        (folder / "args.json").exists(), f"{folder} holds files but no run", "choose another --output_dir"
+    )
+    todo = "give --resume, --overwrite or another --output_dir"
+    require(args.resume != args.overwrite, f"{folder} already holds a run", todo)
+    before = json.loads((folder / "args.json").read_text())["args"] if args.resume else vars(args)
+    for name in [name for name in vars(args) if name not in MAY_CHANGE]:
+        was, now = before.get(name), getattr(args, name)
+        require(
+            was == now, f"--{name} was {was}, now {now}", f"--resume lets only {', '.join(MAY_CHANGE)} change"
+        )
+
+
+def open_run(args):
+    """Makes the output folder. Returns the last checkpoint, {"step", "models", ...}, or None.
+
+    On --resume the logs are cut back to that checkpoint, so that they end up without gaps or repeats.
+    """
+    folder = Path(args.output_dir)
+    if args.overwrite:
+        shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    git = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
+    )
+    versions = {name: version(name) for name in ("torch", "transformers", "datasets")}
+    record = {"args": vars(args), "versions": versions, "git_commit": git.stdout.strip() or None}
+    new = Path(
+        f"{folder}.args.json.new"
+    )  # beside the folder: an empty folder or a whole args.json, never half
+    new.write_text(json.dumps(record, indent=2))
+    os.replace(new, folder / "args.json")
+    path, checkpoint = folder / "checkpoint.pt", None
+    if path.exists():
+        checkpoint = torch.load(path, map_location=args.device, weights_only=True)
+    for log in folder.glob("*.jsonl"):
+        os.truncate(log, checkpoint["log_sizes"].get(log.name, 0) if checkpoint else 0)
+    return checkpoint
+
+
+def append_jsonl(args, name, row):
+    with open(Path(args.output_dir, name), "a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def save_checkpoint(args, step, models, tokenizer, state):
+    """Writes checkpoint.pt, all that --resume needs, then the models as ordinary folders; beside, moved into place.
+
+    models: {subfolder: model}, "" for the main one. state: what else the script needs, tensors and plain values.
+    """
+    folder, new = Path(args.output_dir), Path(args.output_dir, "new")
+    finite = all(p.isfinite().all() for model in models.values() for p in model.parameters())
+    require(finite, f"weights are not finite after step {step}", last_checkpoint(args), 1)
+    state = state | {"step": step, "models": {name: model.state_dict() for name, model in models.items()}}
+    state["log_sizes"] = {log.name: log.stat().st_size for log in folder.glob("*.jsonl")}
+    try:
+        torch.save(state, folder / "checkpoint.pt.new")
+        os.replace(folder / "checkpoint.pt.new", folder / "checkpoint.pt")
+        for name, model in models.items():
+            model.save_pretrained(new / name)
+            tokenizer.save_pretrained(new / name)
+            (folder / name).mkdir(exist_ok=True)
+        for path in [path for path in new.rglob("*") if path.is_file()]:
+            os.replace(path, folder / path.relative_to(new))
+        shutil.rmtree(new)
+    except Exception as error:  # a full disk shows as OSError, RuntimeError or SafetensorError
+        wrong, todo = (
+            f"cannot save step {step} ({first_line(error)})",
+            f"make room and --resume; {last_checkpoint(args)}",
+        )
+        (folder / "checkpoint.pt.new").unlink(missing_ok=True)
+        raise RunError(wrong, todo, 1) from None
+
+
+def last_checkpoint(args):
+    path = Path(args.output_dir, "checkpoint.pt")
+    step = torch.load(path, weights_only=True)["step"] if path.exists() else None
+    return (
+        f"the last good checkpoint is that of step {step} in {path}" if step else "there is no checkpoint yet"
+    )
+
+
+def require_finite(args, step, **values):
+    """Stops the run before a bad gradient reaches the weights."""
+    for name, value in values.items():
+        todo = (
+            f"lower --learning_rate in a new run; {last_checkpoint(args)}" if not math.isfinite(value) else ""
+        )
+        require(math.isfinite(value), f"{name} is {value} at step {step}", todo, 1)
+
+
+def end_step(args, step, metrics, models, tokenizer, state):
+    """Logs a finished step; saves when due, after the last, or when a signal asks to stop, and then exits."""
+    append_jsonl(args, "metrics.jsonl", {"step": step} | metrics)
+    if received_signals or step == args.steps or (args.save_every and step % args.save_every == 0):
+        save_checkpoint(args, step, models, tokenizer, state)
+    if received_signals:
+        print(f"stopped after step {step} of {args.steps} and saved; go on with --resume", file=sys.stderr)
+        sys.exit(128 + received_signals[0])
+
+
+def guard(main, args_class):
+    """Parses the command line and runs main(args). Expected failures become one line; signals save first."""
+
+    def on_signal(number, frame):
+        received_signals.append(number)
+        signal.signal(number, signal.SIG_DFL)  # a second one ends at once
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    parser = HfArgumentParser(args_class, allow_abbrev=False)
+    parser.error = lambda message: require(False, message, "see --help")
+    try:
+        args, rest = parser.parse_args_into_dataclasses(
+            look_for_args_file=False, return_remaining_strings=True
+        )
+        require(not rest, f"unknown argument {' '.join(rest)}", "see --help")
+        return main(args)
+    except RunError as error:
+        message, status = error, error.status
+    except torch.OutOfMemoryError:
+        message, status = "out of memory; lower --micro_batch_size or lengths, or use --dtype bfloat16", 1
+    except OSError as error:
+        message, status = f"{first_line(error)}; make room or mend the permissions, then --resume", 1
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(status)
+
+
+# ------------------------------------------------------------------------------------------------------ main
+def policy_loss(logp_new_seq, logp_old_seq, reward, args):
+    """The loss that --clipping names."""
+    if args.clipping != "none":
+        limits = args.clip_range, args.clipping, args.max_importance_weight
+        return p3o_loss(logp_new_seq, logp_old_seq, reward, *limits)
+    log_ratio = (logp_new_seq - logp_old_seq).detach().abs().max().item()
+    return pairwise_policy_gradient_loss(logp_new_seq, reward), {
+        "clip_fraction": 0.0,
+        "log_ratio_max": log_ratio,
+    }
+
+
+def update_policy(policy, optimizer, batch, reward, prompts, step, args):
+    """An optimizer step on a minibatch of prompts, each with its K responses; micro-batches add up to its gradient."""
+    K, total = reward.shape[1], defaultdict(float)
+    for micro in prompts.split(args.micro_batch_size):
+        rows = (micro.unsqueeze(1) * K + torch.arange(K)).flatten()
+        inputs = [batch[x][rows] for x in ("prompt_ids", "prompt_mask", "response_ids", "response_mask")]
+        logp_new_seq = response_logps(policy, *inputs, args.temperature).sum(1).view(-1, K)
+        logp_old_seq = batch["logp_old_tok"][rows].sum(1).view(-1, K)
+        loss, stats = policy_loss(logp_new_seq, logp_old_seq, reward[micro], args)
+        share = len(micro) / len(prompts)
+        (loss * share).backward()
+        total["loss"] += loss.item() * share
+        total["clip_fraction"] += stats["clip_fraction"] * share
+        total["log_ratio_max"] = max(total["log_ratio_max"], stats["log_ratio_max"])
+    total["grad_norm"] = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm).item()
+    require_finite(args, step, loss=total["loss"], grad_norm=total["grad_norm"])
+    optimizer.step()
+    optimizer.zero_grad()
+    return total
+
+
+def update_metrics(updates):
+    """Means over the optimizer steps of a rollout, the largest |log rho|, and that of the first step: rho must be 1."""
+    metrics = {name: sum(u[name] for u in updates) / len(updates) for name in updates[0]}
+    metrics["log_ratio_max"] = max(u["log_ratio_max"] for u in updates)
+    return metrics | {"log_ratio_first": updates[0]["log_ratio_max"]}
+
+
+def main(args):
+    check_args(args)
+    K, c = args.num_responses, args.max_importance_weight
+    require(K >= 2, "--num_responses must be at least 2", "P3O learns from pairs of responses")
+    require(c is None or c >= 1, f"--max_importance_weight {c} is below 1", "weights are held in [1/c, c]")
+    tokenizer = load_tokenizer(args.model)
+    prompts, eos_id = read_examples(args.dataset, ["train"], 0, tokenizer, args)
+    held_out, _ = read_examples(args.dataset, ["validation", "test"], 0, tokenizer, args, args.eval_prompts)
+    policy, reference = (load_model(AutoModelForCausalLM, args.model, tokenizer, args) for _ in range(2))
+    models = policy, reference.requires_grad_(False), *load_reward_model(args.reward_model, tokenizer, args)
+    offsets = (
+        torch.randn(len(prompts), 1, generator=torch.Generator().manual_seed(0)).double().to(args.device)
+    )
+    settings = {"lr": args.learning_rate, "betas": (0.9, 0.95), "eps": 1e-5, "weight_decay": 0.0}
+    optimizer = torch.optim.AdamW(policy.parameters(), **settings)
+    checkpoint, start = open_run(args), time.perf_counter()
+    done = checkpoint["step"] if checkpoint else 0
+    if checkpoint:
+        policy.load_state_dict(checkpoint["models"][""])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+    else:
+        metrics = evaluate(0, models, held_out, eos_id, tokenizer, args)
+        append_jsonl(args, "metrics.jsonl", {"step": 0} | metrics)
+
+    for step in tqdm(range(done + 1, args.steps + 1), "p3o", args.steps, initial=done, disable=None):
+        torch.manual_seed(args.seed * 10**6 + step)  # every step draws afresh: no random state to save
+        # 1. Sample a batch of prompts and K responses to each from pi_old; score them with the reward model.
+        rows = data_order(len(prompts), args.prompts_per_step, step, args.seed)
+        batch, seconds = rollout(models, [prompts[row] for row in rows], K, eos_id, tokenizer, args)
+        # 2. Trajectory rewards: the KL of the whole response is part of them.
+        score = batch["score"].view(-1, K) + args.reward_shift * offsets[rows]  # (B, K), float64
+        logp_old_seq, logp_ref_seq = (batch[x].sum(1).view(-1, K) for x in ("logp_old_tok", "logp_ref_tok"))
+        reward = trajectory_reward(score, logp_old_seq, logp_ref_seq, args.beta)
+        # 3. Climb the pairwise objective: epochs of minibatches, the responses to a prompt always together.
+        updates, clock = [], time.perf_counter()
+        for _ in range(args.epochs):
+            for minibatch in torch.randperm(len(rows)).split(args.minibatch_size):
+                updates.append(update_policy(policy, optimizer, batch, reward, minibatch, step, args))
+        # 4. Log, evaluate, save; pi_old is now the policy just trained.
+        seconds["seconds_update"] = time.perf_counter() - clock
+        tokens = batch["response_mask"].sum().item()
+        metrics = (
+            rollout_metrics(batch, K, args.beta) | update_metrics(updates) | cost_metrics(tokens, seconds)
+        )
+        if step == args.steps or (args.eval_every and step % args.eval_every == 0):
+            metrics |= evaluate(step, models, held_out, eos_id, tokenizer, args)
+        end_step(args, step, metrics, {"": policy}, tokenizer, {"optimizer": optimizer.state_dict()})
+    print_result(args, time.perf_counter() - start)
+
+
+if __name__ == "__main__":
+    guard(main, Args)

@@ -1,0 +1,1035 @@
+"""Stage 3, the baseline: PPO for language models, token by token, with a critic.
+
+    python ppo.py                      the embedded task, after toy.py, sft.py and reward_model.py
+    python ppo.py --preset ppo_max     the recipe of "Secrets of RLHF"; other models: README.md
+
+    token rewards      r_t = -beta (log pi_old - log pi_SFT)(y_t), + r(x, y) at the last token      token_rewards
+    TD error           delta_t = r_t + gamma V_t+1 - V_t, V behind the last token 0                 gae
+    advantages         A_t = sum_l (gamma lam)^l delta_t+l; returns R_t = A_t + V_t                 gae
+    PPO-Clip           max E min(rho_t A_t, clip(rho_t, 1 - eps, 1 + eps) A_t)                      ppo_clip_loss
+    PPO-Penalty        max E rho_t A_t - c KL(pi_old || pi)                                         ppo_penalty_loss
+    critic             min E max((V - R)^2, (clip(V, V_old -+ eps_v) - R)^2) / 2                    value_loss
+    adaptive beta      beta (1 + clip(KL / target - 1, -+0.2) n / horizon)                          adaptive_beta
+
+Sources: [PPO] Schulman et al. 2017, 1707.06347; [GAE] 1506.02438; [Secrets] Zheng et al. 2023, "Secrets of RLHF in
+Large Language Models Part I: PPO", 2307.04964; [N+] Huang et al. 2024, 2403.17031; [KL] Ziegler et al. 2019, 1909.08593.
+
+The tricks that [Secrets] studies, each a flag; * marks the parts of PPO-max (--preset ppo_max):
+     1* reward normalisation and clipping   --normalize_reward --reward_clip
+     2  reward scaling                      --scale_reward
+     3  advantage normalisation, clipping   --whiten_advantages (on by default: [N+]) --advantage_clip
+     4* token-level KL penalty              --beta; adaptive: --kl_target --kl_horizon
+     5* critic from the reward model        --critic_init
+     6* critic pretraining                  --critic_warmup_steps
+     7* value clipping                      --value_clip_range
+     8  clip or penalty                     --policy_loss --clip_range --penalty_coef
+     9  entropy bonus                       --entropy_coef
+    10* global gradient clip                --max_grad_norm
+    11* pretraining loss (PPO-ptx)          --ptx_coef --ptx_dataset
+    12* small experience buffer             --prompts_per_step
+    13  GAE                                 --gamma --lam
+
+Departures: KL(pi_old || pi) is estimated from the sampled tokens, mean of rho - 1 - log rho. Advantages are whitened
+over the rollout. Steps of critic pretraining count as --steps. The ptx term reads demonstrations, not raw text.
+
+Legend: B prompts, K responses to each, N = B * K rows; P prompt length, R response length, V vocabulary. Prompts
+are padded on the left, responses on the right. Masks are boolean, True counts. Log-probs and KL in nats.
+"""
+
+import json
+import math
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+import datasets
+import torch
+import transformers
+from jinja2 import TemplateError
+from tqdm import tqdm
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+    HfArgumentParser,
+)
+
+
+def flag(default, text):
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class Args:
+    model: str = flag("out/sft", "SFT model: where the policy starts, and the reference of the KL")
+    reward_model: str = flag("out/reward_model", "sequence-classification model with one label")
+    dataset: str = flag("data/toy/prompts", "hub name or local path; only its prompts are used")
+    output_dir: str = flag("out/ppo", "folder of this run; the critic goes to its subfolder critic/")
+    preset: Literal["none", "ppo_max"] = flag(
+        "none", "ppo_max: the combination of [Secrets]; flags given beside it win"
+    )
+    seed: int = flag(0, "of data order and sampling")
+    device: str = flag("auto", "auto (cuda when there is one), cpu, cuda, cuda:1, ...")
+    dtype: Literal["float32", "bfloat16"] = flag(
+        "float32", "bfloat16: autocast; trained weights stay in float32"
+    )
+    learning_rate: float = flag(5e-4, "of the policy; AdamW, constant; 5e-7 for 7B in [Secrets]")
+    critic_learning_rate: float = flag(1e-3, "of the critic; AdamW, constant; 1.65e-6 for 7B in [Secrets]")
+    steps: int = flag(120, "rollouts in all; may be raised on --resume")
+    prompts_per_step: int = flag(64, "B, prompts per rollout: the experience buffer, better small [Secrets]")
+    num_responses: int = flag(2, "K, responses per prompt")
+    epochs: int = flag(2, "passes over each rollout; 1 to 4")
+    minibatch_size: int = flag(32, "prompts per optimizer step, each with all its responses")
+    micro_batch_size: int = flag(0, "prompts per forward pass: same gradient, less memory; 0: the minibatch")
+    beta: float = flag(0.2, "weight of the KL to the SFT model in the token rewards; 0.05 in PPO-max")
+    kl_target: float | None = flag(
+        None, "nats per response: beta adapts to hold the KL there; none: beta is fixed"
+    )
+    kl_horizon: float = flag(10000, "responses in which beta adapts, with --kl_target [KL]")
+    gamma: float = flag(1.0, "discount per token")
+    lam: float = flag(0.95, "of GAE: 1 is the Monte-Carlo return, 0 the TD error")
+    policy_loss: Literal["clip", "penalty"] = flag("clip", "PPO-Clip or PPO-Penalty")
+    clip_range: float = flag(0.2, "epsilon of PPO-Clip")
+    penalty_coef: float = flag(0.5, "weight of KL(pi_old || pi) per token in PPO-Penalty")
+    value_clip_range: float = flag(0.2, "values move at most so far per rollout; 0: unclipped")
+    normalize_reward: bool = flag(False, "(score - mean) / std of all scores seen so far")
+    scale_reward: bool = flag(
+        False, "score / std of all scores seen so far; studied in [Secrets], not in PPO-max"
+    )
+    reward_clip: float | None = flag(
+        None, "scores held in [-c, c] after that; 0.8 in PPO-max, 0.3 also studied"
+    )
+    whiten_advantages: bool = flag(True, "advantages less their mean, over their std; not in PPO-max")
+    advantage_clip: float | None = flag(
+        None, "advantages held in [-c, c]; 0.12 to 0.5 studied in [Secrets], not in PPO-max"
+    )
+    critic_init: Literal["reward", "sft"] = flag(
+        "reward", "critic from the reward model, or SFT model with a zero head"
+    )
+    critic_warmup_steps: int = flag(0, "critic pretraining: steps at the start in which the policy rests")
+    entropy_coef: float = flag(0.0, "weight of the entropy per token; studied in [Secrets], not in PPO-max")
+    ptx_coef: float = flag(0.0, "PPO-ptx: weight of the demonstrations' log-likelihood per token")
+    ptx_dataset: str = flag("data/toy/sft", "demonstrations of --ptx_coef: hub name or local path")
+    reward_shift: float = flag(
+        0.0, "times a fixed normal offset per prompt, added to the scores: PPO has to learn it"
+    )
+    missing_eos_penalty: float = flag(1.0, "subtracted from the score of a response cut off without EOS")
+    temperature: float = flag(1.0, "divides the logits, when sampling and in every log-prob")
+    prompt_length: int = flag(32, "tokens; longer prompts are dropped and counted")
+    response_length: int = flag(24, "tokens sampled at most, EOS included")
+    max_grad_norm: float = flag(1.0, "global gradient-norm clip, of policy and critic each")
+    eval_every: int = flag(20, "steps between evaluations on held-out prompts; 0: only before and after")
+    eval_prompts: int = flag(256, "held-out prompts of an evaluation")
+    save_every: int = flag(40, "steps between checkpoints; 0: only the last")
+    resume: bool = flag(
+        False, "continue from the last checkpoint; only steps, save_every and device may change"
+    )
+    overwrite: bool = flag(False, "replace the run in output_dir")
+
+
+PRESETS = {"none": {}}
+PRESETS["ppo_max"] = {"normalize_reward": True, "reward_clip": 0.8, "beta": 0.05, "whiten_advantages": False}
+PRESETS["ppo_max"] |= {"critic_init": "reward", "critic_warmup_steps": 20, "value_clip_range": 0.2}
+PRESETS["ppo_max"] |= {"max_grad_norm": 1.0, "prompts_per_step": 64, "ptx_coef": 0.05}
+
+
+# ------------------------------------------------------------------------------------------- the mathematics
+def masked_mean(x, mask):
+    """Mean of x where mask is True; whatever stands elsewhere, nan included, has no influence and no gradient."""
+    return x.masked_fill(~mask, 0.0).sum() / mask.sum()
+
+
+def masked_variance(x, mask):
+    """Population variance of x where mask is True."""
+    return masked_mean((x - masked_mean(x, mask)) ** 2, mask)
+
+
+def masked_whiten(x, mask, shift_mean=True):
+    """(x - mean) / std over the True positions, 0 elsewhere. shift_mean=False keeps the mean where it was."""
+    mean = masked_mean(x, mask)
+    whitened = (x - mean) / (masked_variance(x, mask) + 1e-8).sqrt()
+    return (whitened if shift_mean else whitened + mean).masked_fill(~mask, 0.0)
+
+
+def token_rewards(score, logp_old_tok, logp_ref_tok, response_mask, beta):
+    """r_t = -beta (log pi_old - log pi_SFT)(y_t), plus the score at the last response token [N+].
+
+    score (B,), the others (B, R), log-probs in nats. Returns (B, R), 0 where response_mask is False.
+    """
+    kl = (logp_old_tok - logp_ref_tok).masked_fill(~response_mask, 0.0)
+    last = response_mask & (response_mask.cumsum(1) == response_mask.sum(1, keepdim=True))
+    return score.unsqueeze(1) * last - beta * kl
+
+
+@torch.no_grad()
+def gae(reward_tok, value_tok, response_mask, gamma=1.0, lam=0.95):
+    """A_t = sum_l (gamma lam)^l delta_t+l with delta_t = r_t + gamma V_t+1 - V_t, V behind the last token 0 [GAE].
+
+    All (B, R); responses on the left of their rows. Returns (advantages, returns = A + V), both (B, R), 0 where
+    response_mask is False. lam = 1: returns are the discounted sums of the rewards still to come.
+    """
+    reward, value = (x.masked_fill(~response_mask, 0.0) for x in (reward_tok, value_tok))
+    delta = reward + gamma * torch.nn.functional.pad(value[:, 1:], (0, 1)) - value  # (B, R)
+    advantages, running = torch.zeros_like(delta), 0.0
+    for t in reversed(range(delta.shape[1])):
+        running = delta[:, t] + gamma * lam * running
+        advantages[:, t] = running
+    return advantages, advantages + value
+
+
+def importance_ratio(logp_new_tok, logp_old_tok, response_mask):
+    """rho_t, 1 outside the mask, and what is worth watching in it: the largest |log rho|, and approx_kl, the mean over
+    tokens of rho - 1 - log rho, an unbiased estimate of KL(pi_old || pi), as tensor. (B, R) -> (B, R), (), stats."""
+    log_rho = (logp_new_tok - logp_old_tok).masked_fill(~response_mask, 0.0)
+    rho = log_rho.exp()
+    approx_kl = masked_mean(rho - 1 - log_rho, response_mask)
+    return (
+        rho,
+        approx_kl,
+        {"approx_kl": approx_kl.item(), "log_ratio_max": log_rho.detach().abs().max().item()},
+    )
+
+
+def ppo_clip_loss(logp_new_tok, logp_old_tok, advantages, response_mask, clip_range=0.2):
+    """-E_t min(rho_t A_t, clip(rho_t, 1 - eps, 1 + eps) A_t), mean over response tokens [PPO, eq. 7].
+
+    All (B, R), log-probs in nats. Returns (loss, stats): clip_fraction, the share of tokens whose gradient the clip
+    removed, approx_kl (nats per token, old to new) and log_ratio_max.
+    """
+    rho, _, stats = importance_ratio(logp_new_tok, logp_old_tok, response_mask)
+    advantages = advantages.masked_fill(~response_mask, 0.0)
+    unclipped, clipped = rho * advantages, rho.clamp(1 - clip_range, 1 + clip_range) * advantages
+    stats["clip_fraction"] = masked_mean((clipped < unclipped).float(), response_mask).item()
+    return -masked_mean(torch.minimum(unclipped, clipped), response_mask), stats
+
+
+def ppo_penalty_loss(logp_new_tok, logp_old_tok, advantages, response_mask, penalty):
+    """-E_t rho_t A_t + penalty KL(pi_old || pi), mean over response tokens [PPO, eq. 8].
+
+    All (B, R), log-probs in nats. The KL is estimated from the sampled tokens, mean of rho - 1 - log rho: unbiased,
+    and so is its gradient. Returns (loss, stats) as ppo_clip_loss, whose clip_fraction is 0 here.
+    """
+    rho, kl, stats = importance_ratio(logp_new_tok, logp_old_tok, response_mask)
+    surrogate = masked_mean(rho * advantages.masked_fill(~response_mask, 0.0), response_mask)
+    return penalty * kl - surrogate, stats | {"clip_fraction": 0.0}
+
+
+def value_errors(value_new_tok, value_old_tok, returns, response_mask, clip_range=0.2):
+    """Squared errors of the values, free and clipped: (B, R) each, 0 outside the mask."""
+    new, old, returns = (x.masked_fill(~response_mask, 0.0) for x in (value_new_tok, value_old_tok, returns))
+    held = new if clip_range is None else old + (new - old).clamp(-clip_range, clip_range)
+    return (new - returns) ** 2, (held - returns) ** 2
+
+
+def value_loss(value_new_tok, value_old_tok, returns, response_mask, clip_range=0.2):
+    """E_t max((V - R)^2, (clip(V, V_old - eps, V_old + eps) - R)^2) / 2, mean over response tokens [Secrets; N+].
+
+    All (B, R). clip_range None: the plain squared error. Returns a scalar.
+    """
+    free, held = value_errors(value_new_tok, value_old_tok, returns, response_mask, clip_range)
+    return masked_mean(torch.maximum(free, held), response_mask) / 2
+
+
+class RunningNormalizer:
+    """(x - mean) / std, mean and population std of everything seen so far, then clipped to [-clip, clip] [Secrets].
+
+    shift_mean=False divides by std only (reward scaling). scale=False leaves both out: clipping alone.
+    """
+
+    def __init__(self, shift_mean=True, scale=True, clip=None):
+        self.shift_mean, self.scale, self.clip = shift_mean, scale, clip
+        self.count, self.mean, self.squares = 0, 0.0, 0.0  # squares: sum of (x - mean)^2
+
+    def __call__(self, x):
+        """Takes x (any shape) into the statistics and returns it normalised by them."""
+        n, mean = x.numel(), x.double().mean().item()
+        total, delta = self.count + n, mean - self.mean
+        self.squares += ((x.double() - mean) ** 2).sum().item() + delta**2 * self.count * n / total
+        self.mean, self.count = self.mean + delta * n / total, total
+        if self.scale:
+            std = math.sqrt(self.squares / self.count) + 1e-8
+            x = (x - self.mean) / std if self.shift_mean else x / std
+        return x if self.clip is None else x.clamp(-self.clip, self.clip)
+
+    def state_dict(self):
+        return {"count": self.count, "mean": self.mean, "squares": self.squares}
+
+    def load_state_dict(self, state):
+        self.count, self.mean, self.squares = state["count"], state["mean"], state["squares"]
+
+
+def adaptive_beta(beta, kl, target, horizon, n):
+    """beta (1 + clip(KL / target - 1, -0.2, 0.2) n / horizon) after n more responses [KL, sec. 2.2]. KL, target: nats."""
+    return beta * (1 + min(max(kl / target - 1, -0.2), 0.2) * n / horizon)
+
+
+# -------------------------------------------------------------------------------------- tokens and log-probs
+def pad(sequences, side, pad_id, device):
+    """Token lists -> ids (N, L), mask (N, L), padded to the longest on `side`, "left" or "right"."""
+    length = max(len(s) for s in sequences)
+    ids = torch.full((len(sequences), length), pad_id)
+    mask = torch.zeros(len(sequences), length, dtype=torch.bool)
+    for row, s in enumerate(sequences):
+        columns = slice(length - len(s), length) if side == "left" else slice(len(s))
+        ids[row, columns], mask[row, columns] = torch.tensor(s), True
+    return ids.to(device), mask.to(device)
+
+
+def model_inputs(prompt_ids, prompt_mask, response_ids, response_mask):
+    """Joins prompts and responses for a forward pass. Positions count real tokens: padding shifts nothing."""
+    ids = torch.cat([prompt_ids, response_ids], 1)
+    mask = torch.cat([prompt_mask, response_mask], 1).long()
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+
+
+def response_distributions(model, prompt_ids, prompt_mask, response_ids, response_mask, temperature=1.0):
+    """log pi(. | x, y_<t) at every response position: (B, R, V), float32 whatever the model's dtype."""
+    inputs = model_inputs(prompt_ids, prompt_mask, response_ids, response_mask)
+    keep = response_ids.shape[1] + 1  # the last prompt token predicts the first response token
+    logits = model(**inputs, use_cache=False, logits_to_keep=keep).logits[:, :-1]
+    return torch.log_softmax(logits.float() / temperature, -1)
+
+
+def response_logps(model, prompt_ids, prompt_mask, response_ids, response_mask, temperature=1.0):
+    """log pi(y_t | x, y_<t) in nats: (B, R), float32, 0 where response_mask is False; gradients flow.
+
+    Prompts (B, P) are padded on the left, responses (B, R) on the right; masks are boolean.
+    """
+    logps = response_distributions(model, prompt_ids, prompt_mask, response_ids, response_mask, temperature)
+    return logps.gather(-1, response_ids.unsqueeze(-1)).squeeze(-1).masked_fill(~response_mask, 0.0)
+
+
+def read_values(model, prompt_ids, prompt_mask, response_ids, response_mask):
+    """The score head read at the last prompt token and at each response token: (B, R + 1), float32.
+
+    Column t has seen t response tokens. By position: a pad id may be a real token elsewhere.
+    """
+    inputs = model_inputs(prompt_ids, prompt_mask, response_ids, response_mask)
+    hidden = model.base_model(**inputs, use_cache=False).last_hidden_state  # (B, P + R, D)
+    return model.score(hidden[:, prompt_ids.shape[1] - 1 :]).squeeze(-1).float()
+
+
+def read_score(model, prompt_ids, prompt_mask, response_ids, response_mask):
+    """r(x, y): the score head read at the last response token, EOS when there is one. (B,), float32."""
+    values = read_values(model, prompt_ids, prompt_mask, response_ids, response_mask)
+    return values.gather(1, response_mask.sum(1, keepdim=True)).squeeze(1)
+
+
+# ------------------------------------------------------------------------------------------------------ data
+FORMATS = (  # columns, named as in TRL, and responses per row; the first that fits is taken
+    (("prompt", "chosen", "rejected"), 2),
+    (("chosen", "rejected"), 2),  # implicit prompt: HH-RLHF dialogues, or whole conversations
+    (("prompt", "completion"), 1),
+    (("messages",), 1),
+    (("prompt",), 0),
+    (("text",), 1),  # completion of an empty prompt
+)
+
+
+def open_split(name, splits):
+    """Rows of the first of `splits` that a data set (hub name or local path) has, and that split's name.
+
+    A data set without held-out split lends the last 5% of its rows, at most 500, as "test".
+    """
+    require(is_findable(name), f"data set {name!r} does not exist", "name another; toy.py makes data/toy")
+    path = Path(name)
+    try:
+        if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+            data = datasets.load_from_disk(name)
+        elif path.is_file():
+            data = datasets.load_dataset("parquet" if path.suffix == ".parquet" else "json", data_files=name)
+        else:
+            data = datasets.load_dataset(name)
+        data = data if isinstance(data, dict) else {"train": data}
+        if not {"validation", "test"} & set(data):
+            rows = next(iter(data.values()))
+            data = rows.train_test_split(test_size=min(len(rows) // 20 + 1, 500), shuffle=False)
+    except Exception as error:  # each reader raises kinds of its own
+        wrong = f"cannot read data set {name!r} ({first_line(error.__cause__ or error)})"
+        raise RunError(wrong, "give JSON lines, parquet or a hub name") from None
+    split = next((split for split in splits if split in data), None)
+    require(split, f"data set {name!r} has splits {sorted(data)}", f"name one of them {splits[0]!r}")
+    return data[split], split
+
+
+def parse_row(row, tokenizer):
+    """A row of any format -> (prompt, [responses]) as text, conversations by the chat template.
+
+    ValueError says why a row cannot be used.
+    """
+    prompt, responses = row.get("prompt"), [row[column] for column in row if column != "prompt"]
+    if not all(isinstance(value, str | list) for value in row.values()):
+        raise ValueError("null or not text")
+    if any(isinstance(value, list) for value in row.values()):
+        prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        try:
+            if prompt is None or any(len(r) > 1 for r in responses):  # the last message is the response
+                prompt, *others = [r[:-1] for r in responses]
+                if any(other != prompt for other in others):
+                    raise ValueError("prompts of chosen and rejected differ")
+            text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+            return text, [r[-1]["content"] + "" for r in responses]
+        except (KeyError, TypeError, IndexError, TemplateError):
+            raise ValueError("not a conversation that the chat template accepts") from None
+    if (
+        prompt is None and "text" not in row
+    ):  # whole dialogues: the last turn of the assistant is the response
+        ends = [r.rfind("\n\nAssistant:") + len("\n\nAssistant:") for r in responses]
+        prompt, *others = [r[:end] for r, end in zip(responses, ends)]
+        if not prompt.endswith("\n\nAssistant:") or any(other != prompt for other in others):
+            raise ValueError("prompts of chosen and rejected differ")
+        responses = [r[len(prompt) :] for r in responses]
+    return prompt or "", responses
+
+
+def end_of_turn(tokenizer):
+    """Id of the token that the chat template puts behind an answer: the EOS of conversations."""
+    turns = [{"role": "user", "content": "ping"}, {"role": "assistant", "content": "pong"}]
+    tail = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("pong")[2]
+    return (tokenizer(tail, add_special_tokens=False)["input_ids"] or [tokenizer.eos_token_id])[0]
+
+
+def encode_row(row, num_responses, tokenizer, chat, eos_id, args):
+    """Texts and token ids of a row. Responses end in EOS or are cut at args.response_length. ValueError: unusable."""
+    prompt, responses = parse_row(row, tokenizer)
+    prompt_ids = tokenizer(prompt, add_special_tokens=not chat)["input_ids"] or [eos_id]
+    if len(prompt_ids) > args.prompt_length:
+        raise ValueError("prompt longer than --prompt_length")
+    if not all(r.strip() for r in responses[:num_responses]):
+        raise ValueError("empty response")
+    ids = [tokenizer(r, add_special_tokens=False)["input_ids"] + [eos_id] for r in responses[:num_responses]]
+    ids = [r[: args.response_length] for r in ids]
+    if num_responses == 2 and ids[0] == ids[1]:
+        raise ValueError("chosen and rejected are the same")
+    return {"prompt": prompt, "prompt_ids": prompt_ids, "response_ids": ids}
+
+
+def read_examples(name, splits, num_responses, tokenizer, args, limit=None):
+    """([{"prompt": text, "prompt_ids": [...], "response_ids": [[...], ...]}, ...], eos_id of the responses).
+
+    num_responses: 2 for preference pairs (chosen first), 1 for demonstrations, 0 for prompts. Rows that cannot be
+    used are dropped, counted and reported by reason; reading stops at `limit` examples.
+    """
+    rows, split = open_split(name, splits)
+    usable = [c for c, n in FORMATS if n >= num_responses and (num_responses or c != ("text",))]
+    columns = next((c for c in usable if set(c) <= set(rows.column_names)), None)
+    expected = " or ".join("+".join(c) for c in usable)
+    require(columns, f"data set {name!r} has columns {rows.column_names}", f"expected {expected}")
+    rows = rows.select_columns(list(columns))
+    chat = len(rows) > 0 and any(isinstance(value, list) for value in rows[0].values())
+    require(
+        not chat or tokenizer.chat_template,
+        f"{name!r} holds conversations",
+        "use a model with a chat template",
+    )
+    eos_id = end_of_turn(tokenizer) if chat else tokenizer.eos_token_id
+    examples, dropped = [], Counter()
+    for row in tqdm(rows, f"reading {name}", leave=False, disable=None):
+        try:
+            examples.append(encode_row(row, num_responses, tokenizer, chat, eos_id, args))
+        except ValueError as reason:
+            dropped[str(reason)] += 1
+        if len(examples) == limit:
+            break
+    used = f"{len(examples)} of {len(examples) + dropped.total()} rows used"
+    used += "".join(f", {n} dropped: {reason}" for reason, n in dropped.items())
+    print(f"{name} [{split}], {'+'.join(columns)}{' (conversations)' * chat}: {used}", flush=True)
+    require(examples, f"{name!r} [{split}]: {used}", "look at the data, or raise --prompt_length")
+    return examples, eos_id
+
+
+def data_order(num_rows, size, step, seed):
+    """Row numbers of step 1, 2, ...: passes over the data, each shuffled by its own seed: no state to save."""
+    places = [divmod(place, num_rows) for place in range((step - 1) * size, step * size)]
+    generators = {n: torch.Generator().manual_seed(seed * 10**6 + n) for n, _ in places}
+    orders = {n: torch.randperm(num_rows, generator=generators[n]) for n in generators}
+    return [orders[n][place].item() for n, place in places]
+
+
+# ---------------------------------------------------------------------------------------------------- models
+def load_tokenizer(name):
+    """The tokenizer of a model; where it has no padding token EOS serves, as masks go by position."""
+    require(
+        is_findable(name), f"model {name!r} does not exist", "run the stage that makes it, or name another"
+    )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # missing, broken, unknown: transformers raises many kinds
+        wrong = f"cannot load a tokenizer from {name!r} ({first_line(error)})"
+        raise RunError(wrong, "name a model's folder or hub id") from None
+    require(tokenizer.eos_token_id is not None, f"the tokenizer of {name!r} has no EOS", "use another model")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(auto_class, name, tokenizer, args, may_miss=(), **config):
+    """A decoder-only model from a folder or the hub. may_miss: weights that may be missing and start at random."""
+    try:
+        options = {"dtype": torch.float32, "output_loading_info": True}
+        model, info = auto_class.from_pretrained(name, **options, **config)
+    except Exception as error:
+        wrong = f"cannot load model {name!r} ({first_line(error)})"
+        raise RunError(wrong, "name a model's folder or hub id") from None
+    kind = "reward model" if "Classification" in auto_class.__name__ else "language model"
+    right = set(info["missing_keys"]) <= set(may_miss) and (
+        may_miss or "score.weight" not in info["unexpected_keys"]
+    )
+    require(right, f"{name!r} is not a {kind}", f"name a {kind}")
+    return prepare_model(model, name, tokenizer, args)
+
+
+def prepare_model(model, name, tokenizer, args):
+    """Checks that the model can do the work, and moves it to the device, in eval mode: no dropout, ever.
+
+    Weights stay in float32, where small updates are not rounded away; --dtype bfloat16 is autocast.
+    """
+    need, most = (
+        args.prompt_length + args.response_length,
+        getattr(model.config, "max_position_embeddings", None),
+    )
+    require(need <= (most or need), f"{name!r} holds {most} tokens, not {need}", "lower --prompt_length")
+    size = model.get_input_embeddings().num_embeddings
+    require(
+        len(tokenizer) <= size, f"{name!r} embeds {size} of {len(tokenizer)} tokens", "use its own tokenizer"
+    )
+    with torch.no_grad():
+        first = [model.eval().base_model(torch.tensor([[1, x]])).last_hidden_state[0, 0] for x in (2, 3)]
+    require(torch.equal(*first), f"{name!r} sees later tokens", "use a decoder-only model")
+    if args.dtype == "bfloat16":
+        autocast = torch.autocast(torch.device(args.device).type, torch.bfloat16)
+        model.forward, model.base_model.forward = autocast(model.forward), autocast(model.base_model.forward)
+    return model.to(args.device)
+
+
+def load_reward_model(name, tokenizer, args):
+    """The frozen reward model, stored in args.dtype, and its tokenizer, None when it is the policy's."""
+    own = load_tokenizer(name)
+    model = load_model(AutoModelForSequenceClassification, name, own, args).requires_grad_(False)
+    right = hasattr(model, "score") and model.num_labels == 1
+    require(right, f"{name!r} is not a decoder with one label", "train a reward model with reward_model.py")
+    return model.to(getattr(torch, args.dtype)), None if own.get_vocab() == tokenizer.get_vocab() else own
+
+
+def load_critic(tokenizer, reward_tokenizer, args):
+    """A second copy of the reward model, or the SFT model with a score head of zeros, to be trained as V."""
+    if args.critic_init == "reward":
+        require(
+            reward_tokenizer is None,
+            "policy and reward model have different tokenizers",
+            "use --critic_init sft",
+        )
+        return load_model(AutoModelForSequenceClassification, args.reward_model, tokenizer, args)
+    options = {"may_miss": ["score.weight"], "num_labels": 1}
+    critic = load_model(AutoModelForSequenceClassification, args.model, tokenizer, args, **options)
+    require(hasattr(critic, "score"), f"{args.model!r} has no score head", "use a decoder-only model")
+    torch.nn.init.zeros_(critic.score.weight)
+    critic.config.pad_token_id = (
+        tokenizer.pad_token_id
+    )  # transformers' own forward finds the last token by it
+    return critic
+
+
+def translate(batch, tokenizer, other):
+    """The same prompts and responses in the tokens of another tokenizer."""
+    prompt_ids, prompt_mask, response_ids, response_mask = batch
+    prompts = [tokenizer.decode(ids[mask]) for ids, mask in zip(prompt_ids, prompt_mask)]
+    texts = [
+        tokenizer.decode(ids[mask], skip_special_tokens=True)
+        for ids, mask in zip(response_ids, response_mask)
+    ]
+    prompts, texts = (other(x, add_special_tokens=False)["input_ids"] for x in (prompts, texts))
+    padding, eos = (other.pad_token_id, prompt_ids.device), [other.eos_token_id]
+    prompts = pad([ids or eos for ids in prompts], "left", *padding)
+    return *prompts, *pad([ids + eos for ids in texts], "right", *padding)
+
+
+# --------------------------------------------------------------------------------------------------- rollout
+def first_eos_mask(response_ids, eos_id):
+    """True up to and including the first EOS, False behind it: (N, R) -> (N, R). Pad may be EOS."""
+    is_eos = response_ids == eos_id
+    return is_eos.cumsum(1) - is_eos.int() == 0
+
+
+@torch.no_grad()
+def sample_responses(model, prompt_ids, prompt_mask, response_length, temperature, eos_id, pad_id):
+    """y ~ pi(.|x) from the whole distribution: no top-k, no top-p. Returns ids (N, R) and mask (N, R)."""
+    model.generation_config = GenerationConfig()  # a model's own defaults (penalties, top-k) must not leak in
+    ends = {"max_new_tokens": response_length, "eos_token_id": eos_id, "pad_token_id": pad_id}
+    config = GenerationConfig(do_sample=True, temperature=temperature, top_k=0, top_p=1.0, **ends)
+    ids = model.generate(input_ids=prompt_ids, attention_mask=prompt_mask.long(), generation_config=config)
+    response_ids = ids[:, prompt_ids.shape[1] :]
+    return response_ids, first_eos_mask(response_ids, eos_id)
+
+
+@torch.no_grad()
+def rollout(models, examples, num_responses, eos_id, tokenizer, args):
+    """K responses to each of B prompts, scored: tensors of N = B * K rows, K to a prompt, and seconds by phase.
+
+    models: policy, reference, reward model and its tokenizer (None: the same). score: r(x, y) less the missing-EOS
+    penalty, float64 (N,). logp_old_tok, logp_ref_tok, entropy_tok and kl_tok, the exact KL of the next-token
+    distributions: (N, R), nats. Log-probs come from the forward pass of training, not from the sampler.
+    """
+    policy, reference, reward_model, reward_tokenizer = models
+    pad_id, start = tokenizer.pad_token_id, time.perf_counter()
+    prompts = [example["prompt_ids"] for example in examples for _ in range(num_responses)]
+    prompts = pad(prompts, "left", pad_id, args.device)
+    limits = args.response_length, args.temperature, eos_id, pad_id
+    batch = *prompts, *sample_responses(policy, *prompts, *limits)
+    sampled, parts = time.perf_counter(), []
+    for part in zip(*(x.split(args.micro_batch_size * num_responses) for x in batch)):
+        ids, mask = part[2:]
+        old = response_distributions(policy, *part, args.temperature)  # (n, R, V)
+        ref = response_distributions(reference, *part, args.temperature)
+        per_token = [x.gather(-1, ids.unsqueeze(-1)).squeeze(-1) for x in (old, ref)]
+        per_token += [-(old.exp() * old).sum(-1), (old.exp() * (old - ref)).sum(-1)]
+        ended = ((ids == eos_id) & mask).any(1)
+        scored = translate(part, tokenizer, reward_tokenizer) if reward_tokenizer else part
+        score = read_score(reward_model, *scored).double() - args.missing_eos_penalty * ~ended
+        parts.append([x.masked_fill(~mask, 0.0) for x in per_token] + [score, ended])
+    names = "logp_old_tok", "logp_ref_tok", "entropy_tok", "kl_tok", "score", "ended"
+    result = dict(zip(("prompt_ids", "prompt_mask", "response_ids", "response_mask"), batch))
+    result |= {name: torch.cat(values) for name, values in zip(names, zip(*parts))}
+    return result, {"seconds_rollout": sampled - start, "seconds_score": time.perf_counter() - sampled}
+
+
+def rollout_metrics(batch, num_responses, beta):
+    """Means of a rollout. reward, objective (reward - beta kl), kl, kl_exact: per response, in nats where a log is;
+    entropy: nats per token; perplexity under the reference; response_length: tokens; eos_rate;
+    frac_identical_pairs: of the pairs of responses to a prompt."""
+    mask, tokens = batch["response_mask"], batch["response_mask"].sum()
+    reward, kl = batch["score"].mean(), (batch["logp_old_tok"] - batch["logp_ref_tok"]).sum(1).mean()
+    metrics = {"reward": reward, "objective": reward - beta * kl, "kl": kl}
+    metrics["kl_exact"] = batch["kl_tok"].sum(1).mean()
+    metrics["entropy"] = batch["entropy_tok"].sum() / tokens
+    metrics["perplexity"] = (-batch["logp_ref_tok"].sum() / tokens).exp()
+    metrics["response_length"] = tokens / len(mask)
+    metrics["eos_rate"] = batch["ended"].float().mean()
+    if num_responses > 1:
+        ids = batch["response_ids"].masked_fill(~mask, -1).unflatten(0, (-1, num_responses))  # (B, K, R)
+        i, j = torch.triu_indices(num_responses, num_responses, offset=1)
+        metrics["frac_identical_pairs"] = (ids[:, i] == ids[:, j]).all(-1).float().mean()
+    return {name: value.item() for name, value in metrics.items()}
+
+
+def printable(text):
+    """For the terminal: control characters are written out, so that no text can drive it."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def cost_metrics(tokens, seconds):
+    """Seconds by phase, response tokens per second of all of them, peak memory (of the GPU, else of the process)."""
+    peak = torch.cuda.max_memory_allocated() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return seconds | {"tokens_per_second": tokens / sum(seconds.values()), "peak_memory_gb": peak / 1e9}
+
+
+def evaluate(step, models, held_out, eos_id, tokenizer, args):
+    """eval_ metrics on held-out prompts, with the same random numbers at every step; texts go to samples.jsonl."""
+    torch.manual_seed(args.seed * 10**6)
+    batch, _ = rollout(models, held_out, 1, eos_id, tokenizer, args)
+    kl = (batch["logp_old_tok"] - batch["logp_ref_tok"]).sum(1)
+    for row, example in enumerate(held_out):
+        ids = batch["response_ids"][row][batch["response_mask"][row]]
+        text = {"prompt": example["prompt"], "response": tokenizer.decode(ids, skip_special_tokens=True)}
+        numbers = {"reward": batch["score"][row].item(), "kl": kl[row].item()}
+        append_jsonl(args, "samples.jsonl", {"step": step} | text | numbers)
+    return {f"eval_{name}": value for name, value in rollout_metrics(batch, 1, args.beta).items()}
+
+
+def print_result(args, seconds):
+    """The last line: what the policy reached on the held-out prompts, from what, and where it is."""
+    rows = [json.loads(line) for line in open(Path(args.output_dir, "metrics.jsonl"))]
+    first, last = [row for row in rows if "eval_reward" in row][:: len(rows) - 1 or 1][0], rows[-1]
+    reached = f"reward {first['eval_reward']:.3f} -> {last['eval_reward']:.3f} at KL {last['eval_kl']:.2f} nats/response"
+    print(
+        f"{args.output_dir}: {reached} on held-out prompts; {last['step']} steps, {seconds / 60:.1f} minutes"
+    )
+
+
+# ------------------------------------------------- checkpoints and failures (the same bytes in every script)
+ZERO_ALLOWED = ["seed", "eval_every", "save_every", "micro_batch_size", "beta", "reward_shift", "margin"]
+ZERO_ALLOWED += ["missing_eos_penalty", "lm_coef"]
+DATA_FILES = (".json", ".jsonl", ".gz", ".parquet")
+MAY_CHANGE = ["steps", "save_every", "device", "resume", "overwrite"]
+received_signals = []
+
+
+class RunError(Exception):
+    """An expected failure in one line: what is wrong; what to do. Exit status 2: the input, 1: the run."""
+
+    def __init__(self, wrong, todo, status=2):
+        super().__init__(f"{wrong}; {todo}")
+        self.status = status
+
+
+def require(condition, wrong, todo, status=2):
+    if not condition:
+        raise RunError(wrong, todo, status)
+
+
+def first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def is_findable(name):
+    """A path that exists, or what the hub may know: owner/name, not a data file nor a folder that a stage writes."""
+    on_hub = re.fullmatch(r"(?!\.|out/|data/)[\w.-]+(/[\w.-]+)?", name) and not name.endswith(DATA_FILES)
+    return Path(name).exists() or bool(on_hub)
+
+
+def check_args(args):
+    """Numbers in range, batches that divide, a device that works, a free output folder. Writes nothing."""
+    for name, value in vars(args).items():
+        low = 0 if name in ZERO_ALLOWED else 1 if type(value) is int else 1e-12
+        in_range = type(value) not in (int, float) or low <= value <= 1e9
+        require(in_range, f"--{name} {value} is out of range", f"give a number of at least {low}")
+    if hasattr(args, "minibatch_size"):
+        args.micro_batch_size = args.micro_batch_size or args.minibatch_size
+        n, m, k = (getattr(args, x, 0) for x in ("prompts_per_step", "minibatch_size", "micro_batch_size"))
+        require(n % m == 0, f"--minibatch_size {m} does not divide --prompts_per_step {n}", "give a divisor")
+        require(m % k == 0, f"--micro_batch_size {k} does not divide --minibatch_size {m}", "give a divisor")
+    try:
+        args.device = (
+            ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+        )
+        torch.zeros(1, device=args.device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise RunError(
+            f"cannot use --device {args.device} ({first_line(error)})", "give cpu or cuda"
+        ) from None
+    folder = Path(args.output_dir).absolute()
+    parent = next(path for path in (folder, *folder.parents) if path.exists())
+    require(
+        parent.is_dir() and os.access(parent, os.W_OK),
+        f"{parent} cannot be written",
+        "choose another --output_dir",
+    )
+    inputs = [Path(getattr(args, name, "")).absolute() for name in ("model", "reward_model", "dataset")]
+    inside = any(folder in (path, *path.parents) for path in inputs)
+    require(not inside, f"--output_dir {folder} holds an input", "choose another --output_dir")
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    require(
+        (folder / "args.json").exists(), f"{folder} holds files but no run", "choose another --output_dir"
+    )
+    todo = "give --resume, --overwrite or another --output_dir"
+    require(args.resume != args.overwrite, f"{folder} already holds a run", todo)
+    before = json.loads((folder / "args.json").read_text())["args"] if args.resume else vars(args)
+    for name in [name for name in vars(args) if name not in MAY_CHANGE]:
+        was, now = before.get(name), getattr(args, name)
+        require(
+            was == now, f"--{name} was {was}, now {now}", f"--resume lets only {', '.join(MAY_CHANGE)} change"
+        )
+
+
+def open_run(args):
+    """Makes the output folder. Returns the last checkpoint, {"step", "models", ...}, or None.
+
+    On --resume the logs are cut back to that checkpoint, so that they end up without gaps or repeats.
+    """
+    folder = Path(args.output_dir)
+    if args.overwrite:
+        shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    git = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
+    )
+    versions = {name: version(name) for name in ("torch", "transformers", "datasets")}
+    record = {"args": vars(args), "versions": versions, "git_commit": git.stdout.strip() or None}
+    new = Path(
+        f"{folder}.args.json.new"
+    )  # beside the folder: an empty folder or a whole args.json, never half
+    new.write_text(json.dumps(record, indent=2))
+    os.replace(new, folder / "args.json")
+    path, checkpoint = folder / "checkpoint.pt", None
+    if path.exists():
+        checkpoint = torch.load(path, map_location=args.device, weights_only=True)
+    for log in folder.glob("*.jsonl"):
+        os.truncate(log, checkpoint["log_sizes"].get(log.name, 0) if checkpoint else 0)
+    return checkpoint
+
+
+def append_jsonl(args, name, row):
+    with open(Path(args.output_dir, name), "a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def save_checkpoint(args, step, models, tokenizer, state):
+    """Writes checkpoint.pt, all that --resume needs, then the models as ordinary folders; beside, moved into place.
+
+    models: {subfolder: model}, "" for the main one. state: what else the script needs, tensors and plain values.
+    """
+    folder, new = Path(args.output_dir), Path(args.output_dir, "new")
+    finite = all(p.isfinite().all() for model in models.values() for p in model.parameters())
+    require(finite, f"weights are not finite after step {step}", last_checkpoint(args), 1)
+    state = state | {"step": step, "models": {name: model.state_dict() for name, model in models.items()}}
+    state["log_sizes"] = {log.name: log.stat().st_size for log in folder.glob("*.jsonl")}
+    try:
+        torch.save(state, folder / "checkpoint.pt.new")
+        os.replace(folder / "checkpoint.pt.new", folder / "checkpoint.pt")
+        for name, model in models.items():
+            model.save_pretrained(new / name)
+            tokenizer.save_pretrained(new / name)
+            (folder / name).mkdir(exist_ok=True)
+        for path in [path for path in new.rglob("*") if path.is_file()]:
+            os.replace(path, folder / path.relative_to(new))
+        shutil.rmtree(new)
+    except Exception as error:  # a full disk shows as OSError, RuntimeError or SafetensorError
+        wrong, todo = (
+            f"cannot save step {step} ({first_line(error)})",
+            f"make room and --resume; {last_checkpoint(args)}",
+        )
+        (folder / "checkpoint.pt.new").unlink(missing_ok=True)
+        raise RunError(wrong, todo, 1) from None
+
+
+def last_checkpoint(args):
+    path = Path(args.output_dir, "checkpoint.pt")
+    step = torch.load(path, weights_only=True)["step"] if path.exists() else None
+    return (
+        f"the last good checkpoint is that of step {step} in {path}" if step else "there is no checkpoint yet"
+    )
+
+
+def require_finite(args, step, **values):
+    """Stops the run before a bad gradient reaches the weights."""
+    for name, value in values.items():
+        todo = (
+            f"lower --learning_rate in a new run; {last_checkpoint(args)}" if not math.isfinite(value) else ""
+        )
+        require(math.isfinite(value), f"{name} is {value} at step {step}", todo, 1)
+
+
+def end_step(args, step, metrics, models, tokenizer, state):
+    """Logs a finished step; saves when due, after the last, or when a signal asks to stop, and then exits."""
+    append_jsonl(args, "metrics.jsonl", {"step": step} | metrics)
+    if received_signals or step == args.steps or (args.save_every and step % args.save_every == 0):
+        save_checkpoint(args, step, models, tokenizer, state)
+    if received_signals:
+        print(f"stopped after step {step} of {args.steps} and saved; go on with --resume", file=sys.stderr)
+        sys.exit(128 + received_signals[0])
+
+
+def guard(main, args_class):
+    """Parses the command line and runs main(args). Expected failures become one line; signals save first."""
+
+    def on_signal(number, frame):
+        received_signals.append(number)
+        signal.signal(number, signal.SIG_DFL)  # a second one ends at once
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    parser = HfArgumentParser(args_class, allow_abbrev=False)
+    parser.error = lambda message: require(False, message, "see --help")
+    try:
+        args, rest = parser.parse_args_into_dataclasses(
+            look_for_args_file=False, return_remaining_strings=True
+        )
+        require(not rest, f"unknown argument {' '.join(rest)}", "see --help")
+        return main(args)
+    except RunError as error:
+        message, status = error, error.status
+    except torch.OutOfMemoryError:
+        message, status = "out of memory; lower --micro_batch_size or lengths, or use --dtype bfloat16", 1
+    except OSError as error:
+        message, status = f"{first_line(error)}; make room or mend the permissions, then --resume", 1
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(status)
+
+
+# ------------------------------------------------------------------------------------------------------ main
+ZERO_ALLOWED.extend(["lam", "value_clip_range", "critic_warmup_steps", "entropy_coef", "ptx_coef"])
+
+
+def apply_preset(args):
+    """Sets the flags of --preset but for those given on the command line, and prints which."""
+    given = {word.split("=")[0].lstrip("-").replace("-", "_").removeprefix("no_") for word in sys.argv[1:]}
+    chosen = {name: value for name, value in PRESETS[args.preset].items() if name not in given}
+    vars(args).update(chosen)
+    if args.preset != "none":
+        kept = [f"--{name} {getattr(args, name)}" for name in PRESETS[args.preset] if name in given]
+        print(f"--preset {args.preset} sets", *(f"--{name} {value}" for name, value in chosen.items()))
+        print("  and leaves as given", *kept) if kept else None
+
+
+def check_ppo_args(args):
+    apply_preset(args)
+    check_args(args)
+    for name in ("gamma", "lam"):
+        require(getattr(args, name) <= 1, f"--{name} {getattr(args, name)} is above 1", "give 0 to 1")
+    both = args.normalize_reward and args.scale_reward
+    require(not both, "--normalize_reward already scales", "leave out --scale_reward")
+
+
+def estimate_advantages(critic, batch, score, beta, args):
+    """Adds value_old_tok, advantages and returns, (N, R), to the batch. Returns their statistics, over tokens and
+    before whitening; explained_variance: the share of the returns' variance that the critic foresaw."""
+    mask, size = batch["response_mask"], args.micro_batch_size * args.num_responses
+    inputs = [batch[x].split(size) for x in ("prompt_ids", "prompt_mask", "response_ids", "response_mask")]
+    with torch.no_grad():
+        value = torch.cat([read_values(critic, *part)[:, :-1] for part in zip(*inputs)])  # (N, R)
+    reward_tok = token_rewards(score, batch["logp_old_tok"], batch["logp_ref_tok"], mask, beta)
+    advantages, returns = gae(reward_tok, value, mask, args.gamma, args.lam)
+    unexplained = masked_variance(returns - value, mask) / masked_variance(returns, mask).clamp(min=1e-12)
+    metrics = {"advantage_mean": masked_mean(advantages, mask), "explained_variance": 1 - unexplained}
+    metrics["advantage_std"] = masked_variance(advantages, mask).sqrt()
+    if args.whiten_advantages:
+        advantages = masked_whiten(advantages, mask)
+    if args.advantage_clip:
+        advantages = advantages.clamp(-args.advantage_clip, args.advantage_clip)
+    batch |= {"value_old_tok": value, "advantages": advantages.float(), "returns": returns.float()}
+    return {name: x.item() for name, x in metrics.items()}
+
+
+def losses(policy, critic, batch, args):
+    """Loss of the policy, loss of the critic, and stats, all means over the tokens of a (micro-)batch."""
+    inputs = [batch[x] for x in ("prompt_ids", "prompt_mask", "response_ids", "response_mask")]
+    mask, old, advantages = inputs[-1], batch["logp_old_tok"], batch["advantages"]
+    distributions = response_distributions(policy, *inputs, args.temperature)  # (n, R, V)
+    new = distributions.gather(-1, inputs[2].unsqueeze(-1)).squeeze(-1)
+    if args.policy_loss == "clip":
+        loss, stats = ppo_clip_loss(new, old, advantages, mask, args.clip_range)
+    else:
+        loss, stats = ppo_penalty_loss(new, old, advantages, mask, args.penalty_coef)
+    if args.entropy_coef:
+        entropy = -(distributions.exp() * distributions).sum(-1)
+        loss = loss - args.entropy_coef * masked_mean(entropy, mask)
+    values = read_values(critic, *inputs)[:, :-1], batch["value_old_tok"], batch["returns"], mask
+    critic_loss = value_loss(*values, args.value_clip_range or None)
+    free, held = value_errors(*values, args.value_clip_range or None)
+    stats["value_clip_fraction"] = masked_mean((held > free).float(), mask).item()
+    return loss, critic_loss, stats | {"loss": loss.item(), "value_loss": critic_loss.item()}
+
+
+def backward_demonstrations(policy, examples, args):
+    """Adds the gradient of -ptx_coef * E log pi(y_t | x, y_<t), mean over the demonstrations' tokens; returns that E."""
+    tokens, total = sum(len(e["response_ids"][0]) for e in examples), 0.0
+    for first in range(0, len(examples), args.micro_batch_size):
+        micro = examples[first : first + args.micro_batch_size]
+        prompts = pad([e["prompt_ids"] for e in micro], "left", 0, args.device)  # masked: any id will do
+        responses = pad([e["response_ids"][0] for e in micro], "right", 0, args.device)
+        mean_logp = response_logps(policy, *prompts, *responses, args.temperature).sum() / tokens
+        (-args.ptx_coef * mean_logp).backward()
+        total += mean_logp.item()
+    return total
+
+
+def update_models(models, optimizers, batch, prompts, demonstrations, step, args):
+    """An optimizer step of policy and critic on a minibatch of prompts, each with its K responses.
+
+    Micro-batches weigh as much as they have tokens, so that they add up to the gradient of the minibatch.
+    """
+    K, total = args.num_responses, defaultdict(float)
+    tokens = batch["response_mask"].unflatten(0, (-1, K))[prompts].sum()
+    for micro in prompts.split(args.micro_batch_size):
+        rows = (micro.unsqueeze(1) * K + torch.arange(K)).flatten()
+        part = {name: x[rows] for name, x in batch.items()}
+        share = (part["response_mask"].sum() / tokens).item()
+        loss, critic_loss, stats = losses(*models, part, args)
+        ((loss + critic_loss) * share).backward()
+        largest = max(total["log_ratio_max"], stats["log_ratio_max"])
+        total |= {name: total[name] + value * share for name, value in stats.items()} | {
+            "log_ratio_max": largest
+        }
+    if args.ptx_coef:
+        examples = [demonstrations[row] for row in torch.randint(len(demonstrations), (len(prompts),))]
+        total["ptx_logp"] = backward_demonstrations(models[0], examples, args)
+    norms = [torch.nn.utils.clip_grad_norm_(m.parameters(), args.max_grad_norm).item() for m in models]
+    total["grad_norm"], total["critic_grad_norm"] = norms
+    require_finite(
+        args, step, **{x: total[x] for x in ("loss", "value_loss", "grad_norm", "critic_grad_norm")}
+    )
+    for optimizer in optimizers[step <= args.critic_warmup_steps :]:
+        optimizer.step()
+    for optimizer in optimizers:
+        optimizer.zero_grad()
+    return total
+
+
+def update_metrics(updates):
+    """Means over the optimizer steps of a rollout, the largest |log rho|, and that of the first step: rho must be 1."""
+    metrics = {name: sum(u[name] for u in updates) / len(updates) for name in updates[0]}
+    metrics["log_ratio_max"] = max(u["log_ratio_max"] for u in updates)
+    return metrics | {"log_ratio_first": updates[0]["log_ratio_max"]}
+
+
+def main(args):
+    check_ppo_args(args)
+    K = args.num_responses
+    tokenizer = load_tokenizer(args.model)
+    prompts, eos_id = read_examples(args.dataset, ["train"], 0, tokenizer, args)
+    held_out, _ = read_examples(args.dataset, ["validation", "test"], 0, tokenizer, args, args.eval_prompts)
+    policy, reference = (load_model(AutoModelForCausalLM, args.model, tokenizer, args) for _ in range(2))
+    models = policy, reference.requires_grad_(False), *load_reward_model(args.reward_model, tokenizer, args)
+    critic, demonstrations = load_critic(tokenizer, models[3], args), None
+    if args.ptx_coef:
+        demonstrations, _ = read_examples(args.ptx_dataset, ["train"], 1, tokenizer, args)
+    normalizer = RunningNormalizer(
+        args.normalize_reward, args.normalize_reward or args.scale_reward, args.reward_clip
+    )
+    offsets = (
+        torch.randn(len(prompts), 1, generator=torch.Generator().manual_seed(0)).double().to(args.device)
+    )
+    settings = {"betas": (0.9, 0.95), "eps": 1e-5, "weight_decay": 0.0}
+    trained, rates = (policy, critic), (args.learning_rate, args.critic_learning_rate)
+    optimizers = [torch.optim.AdamW(m.parameters(), lr, **settings) for m, lr in zip(trained, rates)]
+    checkpoint, start = open_run(args), time.perf_counter()
+    done, beta = 0, args.beta
+    if checkpoint:
+        done, beta = checkpoint["step"], checkpoint["beta"]
+        policy.load_state_dict(checkpoint["models"][""])
+        critic.load_state_dict(checkpoint["models"]["critic"])
+        for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
+            optimizer.load_state_dict(state)
+        normalizer.load_state_dict(checkpoint["normalizer"])
+    else:
+        metrics = evaluate(0, models, held_out, eos_id, tokenizer, args)
+        append_jsonl(args, "metrics.jsonl", {"step": 0} | metrics)
+
+    for step in tqdm(range(done + 1, args.steps + 1), "ppo", args.steps, initial=done, disable=None):
+        torch.manual_seed(args.seed * 10**6 + step)  # every step draws afresh: no random state to save
+        # 1. Sample a batch of prompts and K responses to each from pi_old; score them with the reward model.
+        rows = data_order(len(prompts), args.prompts_per_step, step, args.seed)
+        batch, seconds = rollout(models, [prompts[row] for row in rows], K, eos_id, tokenizer, args)
+        clock = time.perf_counter()
+        # 2. Token rewards from the (normalised) scores and the KL; values; advantages and returns.
+        score = normalizer((batch["score"].view(-1, K) + args.reward_shift * offsets[rows]).flatten())  # (N,)
+        metrics = rollout_metrics(batch, K, args.beta)
+        metrics |= {"beta": beta} | estimate_advantages(critic, batch, score, beta, args)
+        # 3. Climb the PPO objective and fit the critic to the returns: epochs of minibatches.
+        updates = []
+        for _ in range(args.epochs):
+            for minibatch in torch.randperm(len(rows)).split(args.minibatch_size):
+                updates.append(
+                    update_models(trained, optimizers, batch, minibatch, demonstrations, step, args)
+                )
+        # 4. Adapt beta to the KL of the rollout.
+        if args.kl_target:
+            beta = adaptive_beta(beta, metrics["kl"], args.kl_target, args.kl_horizon, len(rows) * K)
+        # 5. Log, evaluate, save; pi_old is now the policy just trained.
+        metrics |= update_metrics(updates)
+        seconds["seconds_update"] = time.perf_counter() - clock
+        metrics |= cost_metrics(batch["response_mask"].sum().item(), seconds)
+        if step == args.steps or (args.eval_every and step % args.eval_every == 0):
+            metrics |= evaluate(step, models, held_out, eos_id, tokenizer, args)
+        state = {"beta": beta, "normalizer": normalizer.state_dict()}
+        state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
+        end_step(args, step, metrics, {"": policy, "critic": critic}, tokenizer, state)
+    print_result(args, time.perf_counter() - start)
+
+
+if __name__ == "__main__":
+    guard(main, Args)

@@ -1,0 +1,521 @@
+"""The mathematics of p3o.py against oracles that share no code with it.
+
+The oracles are loops over plain Python floats with central differences, and the exact enumeration of every response
+of a tiny autoregressive language model. Legend: B prompts, K responses per prompt, N responses of the tiny model.
+"""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+import p3o
+
+CLIPPINGS = ["joint", "separate"]
+EPS = 0.2
+INFINITE = math.inf
+
+
+# ---------------------------------------------------------------------------------------------------------- helpers
+
+
+def draw(B, K, spread=0.3, seed=0, dtype=torch.float64):
+    """Random (logp_new, logp_old, reward), each (B, K); spread is the standard deviation of log rho."""
+    generator = torch.Generator().manual_seed(seed)
+    logp_old = -5 - 10 * torch.rand(B, K, generator=generator, dtype=torch.float64)
+    logp_new = logp_old + spread * torch.randn(B, K, generator=generator, dtype=torch.float64)
+    reward = torch.randn(B, K, generator=generator, dtype=torch.float64)
+    return logp_new.to(dtype), logp_old.to(dtype), reward
+
+
+def pair_loss(logp_new, logp_old, reward, clipping, **options):
+    """The loss alone; clipping "none" is the vanilla pairwise policy gradient, which does not see logp_old."""
+    if clipping == "none":
+        return p3o.pairwise_policy_gradient_loss(logp_new, reward)
+    return p3o.p3o_loss(logp_new, logp_old, reward, clipping=clipping, **options)[0]
+
+
+def loss_and_grad(logp_new, logp_old, reward, clipping, **options):
+    leaf = logp_new.detach().clone().requires_grad_()
+    loss = pair_loss(leaf, logp_old, reward, clipping, **options)
+    return loss.detach(), torch.autograd.grad(loss, leaf)[0]
+
+
+def naive_terms(new, old, reward, at, clip_range, clipping, c=None):
+    """Terms of the objective (maximised) of ONE prompt as (unclipped, clipped) pairs of floats.
+
+    One term per unordered pair (joint, V2) or per ordered pair (separate, V1). Whatever the paper puts under a
+    stop-gradient is evaluated at the log-probs `at`, so that differences in `new` do not see it.
+    """
+    terms = []
+    for i, j in itertools.permutations(range(len(new)), 2):
+        if clipping == "joint" and i < j:
+            weight = math.exp(at[i] - old[i]) * math.exp(at[j] - old[j])
+            if c is not None:
+                weight = min(max(weight, 1 / c), c)
+            w = (reward[i] - reward[j]) * weight
+            d = (new[i] - new[j]) - (old[i] - old[j])
+            terms.append((w * d, w * min(max(d, -clip_range), clip_range)))
+        if clipping == "separate":
+            advantage = (reward[i] - reward[j]) * math.exp(at[j] - old[j])
+            rho = math.exp(new[i] - old[i])
+            terms.append((advantage * rho, advantage * min(max(rho, 1 - clip_range), 1 + clip_range)))
+    return terms
+
+
+def naive_objective(new, old, reward, at, clip_range, clipping, c=None):
+    """Mean over prompts of V1 or V2. V1: half the sum over both members of a pair = the mean over ordered pairs."""
+    total = 0.0
+    for row in zip(new, old, reward, at, strict=True):
+        values = [min(term) for term in naive_terms(*row, clip_range, clipping, c)]
+        total += sum(values) / len(values) / (2 if clipping == "joint" else 1)
+    return total / len(new)
+
+
+def naive_gradient(logp_new, logp_old, reward, clip_range, clipping, c=None, step=1e-6):
+    """Central differences of naive_objective in every log-prob, stop-gradients frozen at logp_new."""
+    at, old, reward = logp_new.tolist(), logp_old.tolist(), reward.tolist()
+    gradient = torch.zeros_like(logp_new)
+    for b, k in itertools.product(*map(range, logp_new.shape)):
+        up, down = logp_new.clone(), logp_new.clone()
+        up[b, k] += step
+        down[b, k] -= step
+        high, low = (
+            naive_objective(x.tolist(), old, reward, at, clip_range, clipping, c) for x in (up, down)
+        )
+        gradient[b, k] = (high - low) / (2 * step)
+    return gradient
+
+
+def naive_ppg(logp_new, logp_old, reward, importance):
+    """Gradient of the pairwise policy gradient in the log-probs: mean over pairs of (R_i - R_j)(e_i - e_j) / 2, each
+    pair weighted by rho_i rho_j if importance, then the mean over prompts."""
+    B, K = reward.shape
+    gradient = torch.zeros_like(logp_new)
+    pairs = list(itertools.combinations(range(K), 2))
+    for b, (i, j) in itertools.product(range(B), pairs):
+        log_weight = sum(float(logp_new[b, k] - logp_old[b, k]) for k in (i, j)) if importance else 0.0
+        push = float(reward[b, i] - reward[b, j]) * math.exp(log_weight) / 2 / len(pairs) / B
+        gradient[b, i] += push
+        gradient[b, j] -= push
+    return gradient
+
+
+# Every text of at most three tokens over {0, 1, EOS = 2}: one that reaches the length limit has no EOS.
+PREFIXES = [prefix for length in range(3) for prefix in itertools.product((0, 1), repeat=length)]  # 7
+RESPONSES = [
+    (*prefix, token) for prefix in PREFIXES for token in range(3) if token == 2 or len(prefix) == 2
+]  # 15
+
+
+class TinyLanguageModel:
+    """An autoregressive language model: one row of logits for each prefix that can be continued."""
+
+    def __init__(self, seed):
+        generator = torch.Generator().manual_seed(seed)
+        self.logits = torch.randn(7, 3, generator=generator, dtype=torch.float64).requires_grad_()
+
+    def logps(self):
+        """log pi(y) of every response, the EOS included.  (N,)"""
+        table = self.logits.log_softmax(-1)
+        sums = [
+            sum(table[PREFIXES.index(y[:t]), y[t]] for t in range(len(y)))  # t tokens come before token t
+            for y in RESPONSES
+        ]
+        return torch.stack(sums)
+
+
+def tuples_of_responses(K):
+    return torch.tensor(list(itertools.product(range(len(RESPONSES)), repeat=K)))  # (N^K, K)
+
+
+def expected_descent(policy, sampler_logps, reward, K, clipping, **options):
+    """E over y_1..y_K ~ sampler of minus the loss's gradient in the policy's logits, by enumeration.
+
+    reward (N,). Every tuple is one prompt of the batch, weighted by its probability; the loss's own mean over
+    prompts is undone.
+    """
+    index = tuples_of_responses(K)
+    probability = sampler_logps.detach()[index].sum(-1).exp()  # (N^K,)
+    assert probability.sum().item() == pytest.approx(1, abs=1e-12)
+    logp = policy.logps()
+    _, grad = loss_and_grad(logp[index], sampler_logps.detach()[index], reward[index], clipping, **options)
+    weighted = -grad * len(index) * probability[:, None]
+    return torch.autograd.grad((weighted * logp[index]).sum(), policy.logits)[0]
+
+
+@pytest.fixture(scope="module")
+def world():
+    """(policy, older policy, reference, score of each response)"""
+    score = 2 * torch.randn(15, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    return TinyLanguageModel(1), TinyLanguageModel(2), TinyLanguageModel(3), score
+
+
+# ------------------------------------------------------------------------------------------------- trajectory reward
+
+
+def test_trajectory_reward_by_hand():
+    score = torch.tensor([[1.0, -2.0], [0.5, 0.0]], dtype=torch.float64)
+    logp_old = torch.tensor([[-3.0, -4.0], [-1.0, -2.0]])
+    logp_ref = torch.tensor([[-5.0, -3.0], [-1.0, -2.5]])
+    reward = p3o.trajectory_reward(score, logp_old, logp_ref, beta=0.25)
+    assert reward.tolist() == [[0.5, -1.75], [0.5, -0.125]]
+    assert reward.dtype == torch.float64, "a float64 score must not be rounded to the log-probs' dtype"
+
+
+# ------------------------------------------------------------------------------ Theorem 1, by enumerating every text
+
+
+def test_tiny_model_enumerates_all_responses(world):
+    assert len(set(RESPONSES)) == 15
+    for model in world[:3]:
+        assert model.logps().exp().sum().item() == pytest.approx(1, abs=1e-12)
+
+
+@pytest.mark.parametrize("clipping", ["none", *CLIPPINGS])
+@pytest.mark.parametrize("K", [2, 3])
+def test_theorem_1_expected_gradient_is_the_gradient_of_expected_reward(world, K, clipping):
+    policy, _, _, score = world
+    exact = torch.autograd.grad((policy.logps().exp() * score).sum(), policy.logits)[0]
+    found = expected_descent(policy, policy.logps(), score, K, clipping)
+    assert exact.abs().max() > 0.1
+    torch.testing.assert_close(found, exact, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("clipping", ["none", *CLIPPINGS])
+def test_trajectory_reward_yields_the_gradient_of_reward_minus_beta_kl(world, clipping):
+    policy, _, reference, score = world
+    beta, logp, logp_ref = 0.7, policy.logps(), reference.logps().detach()
+    kl = (logp.exp() * (logp - logp_ref)).sum()
+    exact = torch.autograd.grad((logp.exp() * score).sum() - beta * kl, policy.logits)[0]
+    reward = p3o.trajectory_reward(score[:, None], logp.detach()[:, None], logp_ref[:, None], beta)[:, 0]
+    found = expected_descent(policy, logp, reward, 2, clipping)
+    torch.testing.assert_close(found, exact, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("clipping", CLIPPINGS)
+@pytest.mark.parametrize("K", [2, 3])
+def test_unclipped_off_policy_expectation_is_exact(world, K, clipping):
+    policy, older, _, score = world
+    exact = torch.autograd.grad((policy.logps().exp() * score).sum(), policy.logits)[0]
+    found = expected_descent(policy, older.logps(), score, K, clipping, clip_range=INFINITE)
+    torch.testing.assert_close(found, exact, rtol=0, atol=1e-12)
+    wrong = expected_descent(policy, older.logps(), score, K, "none")
+    assert (wrong - exact).abs().max() > 0.01, "the two policies are too close for this test to say anything"
+
+
+# --------------------------------------------------------------------------------- values and gradients, naive loops
+
+
+@pytest.mark.parametrize("clipping", CLIPPINGS)
+@pytest.mark.parametrize("K", [2, 3, 5])
+@pytest.mark.parametrize("clip_range", [0.1, EPS, INFINITE])
+def test_loss_gradient_and_stats_against_naive_loops(clipping, K, clip_range):
+    new, old, reward = draw(6, K, seed=K)
+    leaf = new.clone().requires_grad_()
+    loss, stats = p3o.p3o_loss(leaf, old, reward, clip_range=clip_range, clipping=clipping)
+    grad = torch.autograd.grad(loss, leaf)[0]
+
+    lists = new.tolist(), old.tolist(), reward.tolist(), new.tolist()
+    terms = [t for row in zip(*lists, strict=True) for t in naive_terms(*row, clip_range, clipping)]
+    clipped = sum(low < free for free, low in terms) / len(terms)
+
+    assert loss.shape == () and loss.dtype == torch.float64
+    assert loss.item() == pytest.approx(-naive_objective(*lists, clip_range, clipping), rel=1e-12, abs=1e-12)
+    torch.testing.assert_close(
+        grad, -naive_gradient(new, old, reward, clip_range, clipping), rtol=0, atol=1e-8
+    )
+    assert all(type(value) is float for value in stats.values())
+    assert stats["clip_fraction"] == pytest.approx(clipped, abs=1e-6)
+    assert stats["log_ratio_max"] == pytest.approx((new - old).abs().max().item(), rel=1e-6)
+    assert 0 < clipped < 1 or clip_range == INFINITE, "both sides of the clip must occur"
+
+
+def test_defaults_are_joint_clipping_at_0_2_without_a_weight_bound():
+    new, old, reward = draw(8, 2, spread=0.5)
+    explicit = p3o.p3o_loss(new, old, reward, clip_range=0.2, clipping="joint", max_importance_weight=None)
+    assert p3o.p3o_loss(new, old, reward) == explicit
+
+
+@pytest.mark.parametrize("clipping", CLIPPINGS)
+def test_two_responses_are_the_papers_formulas(clipping):
+    new, old, reward = draw(50, 2, seed=4)
+    rho, difference = (new - old).exp(), reward[:, 0] - reward[:, 1]
+    if clipping == "joint":
+        w = difference * rho.prod(-1)
+        d, d_old = new[:, 0] - new[:, 1], old[:, 0] - old[:, 1]
+        objective = (torch.minimum(w * d, w * d.clamp(d_old - EPS, d_old + EPS)) - w * d_old).mean() / 2
+    else:
+        A = torch.stack([difference * rho[:, 1], -difference * rho[:, 0]], dim=1)
+        objective = torch.minimum(A * rho, A * rho.clamp(1 - EPS, 1 + EPS)).sum(-1).mean() / 2
+    assert pair_loss(new, old, reward, clipping).item() == pytest.approx(-objective.item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("K", [2, 3, 5])
+def test_pairwise_policy_gradient_against_naive_loop(K):
+    new, old, reward = draw(6, K)
+    loss, grad = loss_and_grad(new, old, reward, "none")
+    assert loss.shape == ()
+    torch.testing.assert_close(grad, -naive_ppg(new, old, reward, importance=False), rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("clipping", CLIPPINGS)
+@pytest.mark.parametrize("K", [2, 3, 5])
+def test_first_step_is_the_pairwise_policy_gradient(clipping, K):
+    new, _, reward = draw(6, K)
+    leaf = new.clone().requires_grad_()
+    loss, stats = p3o.p3o_loss(leaf, new, reward, clipping=clipping)
+    _, ppg = loss_and_grad(new, new, reward, "none")
+    torch.testing.assert_close(torch.autograd.grad(loss, leaf)[0], ppg, rtol=0, atol=1e-14)
+    assert loss.item() == pytest.approx(0, abs=1e-15)
+    assert stats["clip_fraction"] == 0 and stats["log_ratio_max"] == 0
+
+
+@pytest.mark.parametrize("clipping", CLIPPINGS)
+@pytest.mark.parametrize("K", [2, 3, 5])
+def test_unclipped_is_the_importance_sampled_pairwise_policy_gradient(clipping, K):
+    new, old, reward = draw(6, K, spread=1.0)
+    _, grad = loss_and_grad(new, old, reward, clipping, clip_range=INFINITE)
+    torch.testing.assert_close(grad, -naive_ppg(new, old, reward, importance=True), rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("clipping", ["none", *CLIPPINGS])
+@pytest.mark.parametrize("K", [2, 3, 6])
+def test_on_policy_is_leave_one_out_reinforce(clipping, K):
+    new, _, reward = draw(4, K)
+    _, grad = loss_and_grad(new, new, reward, clipping)
+    for b, k in itertools.product(range(4), range(K)):
+        others = [reward[b, j].item() for j in range(K) if j != k]
+        advantage = reward[b, k].item() - sum(others) / len(others)
+        assert grad[b, k].item() == pytest.approx(-advantage / K / 4, rel=1e-12, abs=1e-14)
+
+
+# ------------------------------------------------------------------- the clip: zero where it acts, and only there
+
+
+@pytest.mark.parametrize("difference", [1.5, -1.5])
+@pytest.mark.parametrize("d", [-0.5, -0.21, -0.19, 0.0, 0.19, 0.21, 0.5])
+@pytest.mark.parametrize("common", [0.0, 0.7, -0.7])
+def test_joint_clip_by_sign(difference, d, common):
+    """d is log(rho_1 / rho_2). `common` moves both ratios and must not matter to the clip, only to the weight."""
+    old = torch.tensor([[-3.0, -4.0]], dtype=torch.float64)
+    new = old + torch.tensor([[common + d / 2, common - d / 2]], dtype=torch.float64)
+    reward = torch.tensor([[difference, 0.0]], dtype=torch.float64)
+    _, stats = p3o.p3o_loss(new, old, reward, clip_range=EPS, clipping="joint")
+    _, grad = loss_and_grad(new, old, reward, "joint", clip_range=EPS)
+    removed = (difference > 0 and d > EPS) or (difference < 0 and d < -EPS)
+    push = 0.0 if removed else difference * math.exp(2 * common) / 2
+    assert grad[0].tolist() == pytest.approx([-push, push], rel=1e-12, abs=0)
+    assert stats["clip_fraction"] == (1.0 if removed else 0.0)
+
+
+@pytest.mark.parametrize("difference", [1.5, -1.5])
+@pytest.mark.parametrize("rho_1", [0.79, 0.81, 1.0, 1.19, 1.21])
+@pytest.mark.parametrize("rho_2", [0.79, 0.81, 1.0, 1.19, 1.21])
+def test_separate_clip_by_sign(difference, rho_1, rho_2):
+    old = torch.tensor([[-3.0, -4.0]], dtype=torch.float64)
+    new = old + torch.tensor([[rho_1, rho_2]], dtype=torch.float64).log()
+    reward = torch.tensor([[difference, 0.0]], dtype=torch.float64)
+    _, stats = p3o.p3o_loss(new, old, reward, clip_range=EPS, clipping="separate")
+    _, grad = loss_and_grad(new, old, reward, "separate", clip_range=EPS)
+    expected, removed = [], 0
+    for advantage, rho in ((difference, rho_1), (-difference, rho_2)):
+        gone = (advantage > 0 and rho > 1 + EPS) or (advantage < 0 and rho < 1 - EPS)
+        expected.append(0.0 if gone else -advantage * rho_1 * rho_2 / 2)
+        removed += gone
+    assert grad[0].tolist() == pytest.approx(expected, rel=1e-12, abs=0)
+    assert stats["clip_fraction"] == removed / 2
+
+
+@pytest.mark.parametrize("clipping", CLIPPINGS)
+def test_every_term_of_a_batch_is_clipped_on_its_own(clipping):
+    new, old, reward = draw(20, 2, spread=0.4, seed=2)
+    _, together = loss_and_grad(new, old, reward, clipping)
+    alone = [loss_and_grad(new[[b]], old[[b]], reward[[b]], clipping)[1] for b in range(20)]
+    torch.testing.assert_close(together, torch.cat(alone) / 20, rtol=1e-12, atol=0)
+    assert (together == 0).any() and (together != 0).any()
+
+
+# ------------------------------------------------------------------------------------------------- importance weight
+
+
+@pytest.mark.parametrize("K", [2, 3])
+@pytest.mark.parametrize("c", [1.5, 10.0])
+def test_joint_weight_is_clamped_to_its_bound_on_both_sides(K, c):
+    new, old, reward = draw(12, K, spread=2.0, seed=5)
+    lists = new.tolist(), old.tolist(), reward.tolist(), new.tolist()
+    loss, grad = loss_and_grad(new, old, reward, "joint", max_importance_weight=c)
+    assert loss.item() == pytest.approx(-naive_objective(*lists, EPS, "joint", c), rel=1e-12)
+    torch.testing.assert_close(grad, -naive_gradient(new, old, reward, EPS, "joint", c), rtol=0, atol=1e-7)
+    weight = (new - old)[:, :2].sum(-1).exp()
+    assert (weight > c).any() and (weight < 1 / c).any()
+
+
+@pytest.mark.parametrize("clipping", CLIPPINGS)
+def test_a_bound_that_is_never_reached_changes_nothing(clipping):
+    new, old, reward = draw(12, 3, spread=2.0)
+    free = loss_and_grad(new, old, reward, clipping)
+    bounded = loss_and_grad(new, old, reward, clipping, max_importance_weight=1e9)
+    torch.testing.assert_close(bounded, free, rtol=1e-12, atol=1e-14)
+
+
+# ------------------------------------------------------------------------------------------------------- invariances
+
+
+@pytest.mark.parametrize("scale", [0.1, 10.0, 1000.0])
+@pytest.mark.parametrize("clipping", ["none", *CLIPPINGS])
+@pytest.mark.parametrize("K", [2, 4])
+def test_equivalent_rewards_change_no_bit(clipping, scale, K):
+    """r -> r + delta(x), on 4096 prompts at once: scores and offsets are float32 numbers carried in float64."""
+    new, old, _ = draw(4096, K, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(8)
+    score = torch.randn(4096, K, generator=generator).double()
+    delta = (scale * torch.randn(4096, 1, generator=generator)).double()
+    loss, grad = loss_and_grad(new, old, score, clipping)
+    shifted_loss, shifted_grad = loss_and_grad(new, old, score + delta, clipping)
+    assert loss.dtype == grad.dtype == torch.float32
+    assert torch.equal(loss, shifted_loss)
+    assert torch.equal(grad, shifted_grad)
+
+
+@pytest.mark.parametrize("clipping", ["none", *CLIPPINGS])
+def test_equivalent_scores_change_no_bit_through_the_trajectory_reward(clipping):
+    new, old, _ = draw(4096, 2, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(8)
+    ref = old + torch.randn(4096, 2, generator=generator)
+    score = torch.randn(4096, 2, generator=generator).double()
+    delta = (10 * torch.randn(4096, 1, generator=generator)).double()
+    rewards = [p3o.trajectory_reward(s, old, ref, beta=0.05) for s in (score, score + delta)]
+    (loss, grad), (shifted_loss, shifted_grad) = (loss_and_grad(new, old, r, clipping) for r in rewards)
+    assert torch.equal(loss, shifted_loss)
+    assert torch.equal(grad, shifted_grad)
+
+
+@pytest.mark.parametrize("clipping", ["none", *CLIPPINGS])
+def test_difference_is_taken_before_the_cast(clipping):
+    """1e9 and 1e9 + 0.5 are the same float32 number, and different rewards."""
+    logp = torch.full((1, 2), -7.0)
+    reward = torch.tensor([[1e9 + 0.5, 1e9]], dtype=torch.float64)
+    _, grad = loss_and_grad(logp, logp, reward, clipping)
+    assert grad.tolist() == [[-0.25, 0.25]]
+
+
+@pytest.mark.parametrize("clipping", ["none", *CLIPPINGS])
+def test_order_of_responses_is_irrelevant(clipping):
+    new, old, reward = draw(8, 4, seed=3)
+    loss, grad = loss_and_grad(new, old, reward, clipping)
+    for order in map(list, itertools.permutations(range(4))):
+        permuted_loss, permuted_grad = loss_and_grad(new[:, order], old[:, order], reward[:, order], clipping)
+        torch.testing.assert_close(permuted_loss, loss, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(permuted_grad, grad[:, order], rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("clipping", CLIPPINGS)
+def test_no_gradient_reaches_the_reward(clipping):
+    """The paper's stop-gradient covers the reward: one that depends on the policy changes nothing."""
+    new, old, reward = draw(5, 3)
+    _, plain = loss_and_grad(new, old, reward, clipping)
+    leaf = new.clone().requires_grad_()
+    entangled = reward + leaf - leaf.detach()
+    grad = torch.autograd.grad(pair_loss(leaf, old, entangled, clipping), leaf)[0]
+    torch.testing.assert_close(grad, plain, rtol=1e-12, atol=1e-14)
+
+
+# --------------------------------------------------------------------------------------------- direction and extremes
+
+
+@pytest.mark.parametrize("clipping", ["none", *CLIPPINGS])
+def test_a_step_raises_the_better_response_and_lowers_the_worse(clipping):
+    logits = torch.randn(5, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
+    before = logits.log_softmax(-1)
+    pair = torch.tensor([[3, 1]])
+    reward = torch.tensor([[-1.0, 2.0]], dtype=torch.float64)
+    loss = pair_loss(before[pair], before[pair].detach(), reward, clipping)
+    after = (logits - 0.01 * torch.autograd.grad(loss, logits)[0]).log_softmax(-1)
+    assert after[1] > before[1] and after[3] < before[3]
+
+
+@pytest.mark.parametrize("clipping", ["none", *CLIPPINGS])
+def test_equal_responses_give_no_gradient(clipping):
+    """Two samples of the same text share log-prob and reward, also after the policy has moved."""
+    new, old, reward = (x[:, :1].expand(4, 3) for x in draw(4, 1))
+    loss, grad = loss_and_grad(new, old, reward, clipping)
+    assert loss.item() == 0
+    assert torch.equal(grad, torch.zeros_like(grad))
+
+
+@pytest.mark.parametrize("clipping", CLIPPINGS)
+@pytest.mark.parametrize("log_ratio", [-40, -25, -15, 15, 25, 40])
+def test_a_policy_far_outside_the_clip_is_pulled_back(clipping, log_ratio):
+    """The worse response far too likely, or the better one far too unlikely: the clip must leave that gradient."""
+    old = torch.full((1, 2), -60.0)
+    reward = torch.tensor([[-math.copysign(1, log_ratio), 0.0]], dtype=torch.float64)
+    _, grad = loss_and_grad(old + torch.tensor([[log_ratio, 0]]), old, reward, clipping)
+    assert math.isfinite(grad[0, 0]) and grad[0, 0] * log_ratio > 0
+
+
+EXTREME_RATIOS = list(itertools.product([-1e3, 0, 1e3], repeat=2))
+
+
+@pytest.mark.parametrize("log_ratios", [*EXTREME_RATIOS, (30.5, 30), (30, 30), (-30.5, -30)])
+@pytest.mark.parametrize("difference", [1.0, -100.0, 0.0])
+def test_joint_gradient_at_extreme_ratios(log_ratios, difference):
+    """With a bounded weight the formula is exact at any ratio, whether the clip acts or not."""
+    old = torch.full((1, 2), -1e4)
+    new = old + torch.tensor([log_ratios])
+    reward = torch.tensor([[difference, 0.0]], dtype=torch.float64)
+    _, grad = loss_and_grad(new, old, reward, "joint", max_importance_weight=10.0)
+    removed = difference * (log_ratios[0] - log_ratios[1]) > 0
+    weight = 10.0 if sum(log_ratios) > 0 else 0.1 if sum(log_ratios) < 0 else 1.0
+    push = 0.0 if removed else difference * weight / 2
+    assert grad[0].tolist() == pytest.approx([-push, push], rel=1e-5, abs=0)
+
+
+@pytest.mark.parametrize("clipping", CLIPPINGS)
+@pytest.mark.parametrize("log_ratios", EXTREME_RATIOS)
+@pytest.mark.parametrize("reward", [[1.0, 0.0], [-50.0, 50.0], [3.0, 3.0]])
+def test_extreme_ratios_stay_finite_under_a_weight_bound(clipping, log_ratios, reward):
+    old = torch.full((1, 2), -1e4)
+    new = old + torch.tensor([log_ratios])
+    leaf = new.clone().requires_grad_()
+    reward = torch.tensor([reward], dtype=torch.float64)
+    loss, stats = p3o.p3o_loss(leaf, old, reward, clipping=clipping, max_importance_weight=10.0)
+    grad = torch.autograd.grad(loss, leaf)[0]
+    assert loss.isfinite() and grad.isfinite().all()
+    assert all(map(math.isfinite, stats.values()))
+
+
+@pytest.mark.parametrize("clipping", CLIPPINGS)
+@pytest.mark.parametrize("signs", list(itertools.product([-1, 1], repeat=2)))
+def test_large_ratios_stay_finite_without_a_bound(clipping, signs):
+    old = torch.full((1, 2), -1e4)
+    reward = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
+    loss, grad = loss_and_grad(old + 20 * torch.tensor([signs]), old, reward, clipping)
+    assert loss.isfinite() and grad.isfinite().all()
+
+
+# --------------------------------------------------------------------------------------------------- wrong arguments
+
+
+def test_unknown_clipping_is_refused():
+    new, old, reward = draw(2, 2)
+    with pytest.raises(ValueError, match="(?s)triple.*joint.*separate|joint.*separate.*triple"):
+        p3o.p3o_loss(new, old, reward, clipping="triple")
+
+
+@pytest.mark.parametrize("clipping", ["none", *CLIPPINGS])
+def test_a_single_response_is_refused(clipping):
+    with pytest.raises(ValueError, match="(?i)at least (2|two)|K >= 2"):
+        pair_loss(*draw(4, 1), clipping)
+
+
+@pytest.mark.parametrize("clipping", ["none", *CLIPPINGS])
+@pytest.mark.parametrize("shape", [(4, 2), (1, 3), (3,), (4, 1), (4, 3, 1)])
+def test_shapes_that_would_broadcast_are_refused(clipping, shape):
+    new, old, _ = draw(4, 3)
+    with pytest.raises(ValueError, match="shape"):
+        pair_loss(new, old, torch.zeros(shape, dtype=torch.float64), clipping)
+    if clipping != "none":
+        with pytest.raises(ValueError, match="shape"):
+            pair_loss(new, torch.zeros(shape, dtype=torch.float64), torch.zeros_like(new), clipping)

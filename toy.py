@@ -1,0 +1,317 @@
+"""The embedded task: a small world of place reviews whose true ("gold") reward is known.
+
+    python toy.py
+
+takes a few seconds on one CPU core and downloads nothing; its last line:
+    wrote model and rows (7000 sft, 18000 preferences, 2816 prompts) to data/toy (seed 0)
+
+model/                                      a tokenizer, the config of a 0.5M-parameter GPT-2, no weights
+sft/{train,validation,test}.jsonl           {"prompt", "completion"}
+preferences/{train,validation,test}.jsonl   {"prompt", "chosen", "rejected"}
+prompts/{train,validation,test}.jsonl       {"prompt"}
+
+A prompt asks for a review of a place that mentions one aspect; demonstrators of mixed quality answer. Labels
+compare two answers by Bradley-Terry on the gold reward, P(y1 preferred) = sigmoid(gold(y1) - gold(y2)), so a
+prompt's offset, P3O's delta(x) (arXiv:2310.00212), never shows. Train, validation and test share no prompt.
+
+gold_reward    the reward that real RLHF can only guess = quality + prompt_offset
+quality        the part that labels see: sentiment, relevance and form; SENTENCE is the grammar
+prompt_offset  delta(x), the part that they cannot see
+demonstrate    one answer of a random demonstrator          make_rows, make_model, build    the files
+"""
+
+import hashlib
+import json
+import math
+import os
+import random
+import re
+import shutil
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import NormalDist
+
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import GPT2Config, HfArgumentParser, PreTrainedTokenizerFast
+
+
+@dataclass
+class Args:
+    output_dir: str = field(default="data/toy", metadata={"help": "folder to write"})
+    seed: int = field(default=0, metadata={"help": "seed of all random draws, 0 or more"})
+    overwrite: bool = field(default=False, metadata={"help": "replace a folder that toy.py wrote before"})
+
+
+# The world and its gold reward
+
+PLACES = """bakery beach bookshop cafe castle church cinema farm gallery garden gym harbor hotel library
+    market museum palace park pub restaurant school station theater tower zoo""".split()
+ASPECTS = """atmosphere coffee crowd decor design entrance floor food furniture kitchen lighting location menu
+    music parking price service staff terrace view""".split()
+ADJECTIVES = [  # positive, neutral, negative
+    """amazing beautiful brilliant charming cheerful clean delightful enjoyable excellent fantastic friendly
+    good great impressive inviting lovely marvelous nice perfect pleasant superb""".split(),
+    """average big busy common familiar large local modern new normal old ordinary plain quiet simple small
+    standard typical usual""".split(),
+    """annoying awful bad boring depressing dirty disappointing dismal dreadful dull gloomy grim horrible
+    lousy mediocre miserable nasty poor terrible ugly unfriendly unpleasant""".split(),
+]
+VERBS = [  # positive, neutral, negative
+    "admired adored appreciated enjoyed liked loved praised recommended".split(),
+    "checked found noticed remembered saw tried visited".split(),
+    "avoided despised disliked hated mocked regretted resented".split(),
+]
+VALUE = {word: 1.0 for word in ADJECTIVES[0] + VERBS[0]} | {word: -1.0 for word in ADJECTIVES[2] + VERBS[2]}
+STRONG, WEAK = "very really truly extremely remarkably".split(), "fairly somewhat rather slightly".split()
+MODIFIER = {word: 1.5 for word in STRONG} | {word: 0.5 for word in WEAK} | {"not": -1.0}
+CLASSES = {  # the word classes, one letter each, that the grammar is written in
+    "D": ["the", "this", "that"],
+    "N": PLACES + ASPECTS,
+    "C": ["is", "was", "seems", "seemed", "felt", "looked"],
+    "M": list(MODIFIER),
+    "A": sum(ADJECTIVES, []),
+    "P": ["i", "we", "they", "everyone"],
+    "V": sum(VERBS, []),
+    "O": ["it"],
+    "K": ["and", "but"],
+    "B": ["because", "while", "although", "so"],
+    "T": ["today", "yesterday", "recently", "again"],
+    ".": ["."],
+}
+CLASS = {word: letter for letter, words in CLASSES.items() for word in words}
+# that [old] cafe is [very] nice [and [very] clean]; i loved (it or that [old] cafe)
+CLAUSE = "(DA?NCM?A(KM?A)?|PV(DA?N|O))"
+SENTENCE = re.compile(f"{CLAUSE}([KB]{CLAUSE})?T?")  # clause [because clause] [today], without the full stop
+OPENINGS = ["please review the {}", "tell me about the {}", "write about the {}", "describe the {}"]
+ENDINGS = ["and mention the {} :", "and note the {} :", "with a word on the {} :"]
+
+
+def split_words(text: str) -> list[str]:
+    """Words and runs of punctuation, cut where the tokenizer cuts."""
+    return re.findall(r"\w+|[^\w\s]+", text)
+
+
+def quality(prompt: str, response: str) -> float:
+    """The part of the gold reward that labels see; its standard deviation is about 1.7 over the answers to a prompt.
+
+    2 tanh(v / 2) + 0.9 place + 0.9 aspect - 1.2 broken - 0.4 repeated - 0.2 max(0, words - 14), where
+    v              sums VALUE times the MODIFIER just before (1 if none) over words said for the first time;
+    place, aspect  are 1 if the one that the prompt names is named, else 0;
+    broken         counts the stretches up to a full stop or the end that are no SENTENCE with its full stop;
+    repeated       counts nouns, adjectives and verbs said before;    words counts full stops too, EOS not.
+    Broken stretches earn nothing in v, place and aspect. An empty response is one broken stretch.
+    """
+    words = split_words(response)
+    v, broken, repeated, named, said = 0.0, int(not words), 0, set(), set()
+    letters = "".join(CLASS.get(word, "?") for word in words)
+    start = 0
+    while start < len(words):
+        stop = letters.find(".", start)
+        whole = stop > start and SENTENCE.fullmatch(letters, start, stop) is not None
+        stop = len(words) if stop < 0 else stop
+        broken += not whole
+        for i in range(start, stop):
+            word = words[i]
+            if word in said:
+                repeated += 1
+            elif letters[i] in "NAV":
+                said.add(word)
+                if whole:
+                    named.add(word)
+                    v += VALUE.get(word, 0.0) * MODIFIER.get(words[i - 1], 1.0)
+        start = stop + 1
+    asked = named.intersection(split_words(prompt))
+    relevance = 0.9 * (not asked.isdisjoint(PLACES)) + 0.9 * (not asked.isdisjoint(ASPECTS))
+    return 2 * math.tanh(v / 2) + relevance - 1.2 * broken - 0.4 * repeated - 0.2 * max(0, len(words) - 14)
+
+
+def prompt_offset(prompt: str) -> float:
+    """delta(x): a normal draw of standard deviation 7, fixed by the words of the prompt (SHA-256)."""
+    digest = hashlib.sha256(" ".join(split_words(prompt)).encode("utf-8", "surrogatepass")).digest()
+    return NormalDist(0.0, 7.0).inv_cdf((int.from_bytes(digest[:6], "big") + 0.5) / 2**48)
+
+
+def gold_reward(prompt: str, response: str) -> float:
+    """quality + prompt_offset, for any two strings (the response without special tokens)."""
+    return quality(prompt, response) + prompt_offset(prompt)
+
+
+# Demonstrators: share of the answers; chance that a noun is the one asked for; chances of a positive, neutral
+# and negative word; chance that a sentence is said twice; chance that it loses, doubles or swaps a word.
+DEMONSTRATORS = {
+    "helpful": (0.25, 0.9, (0.6, 0.3, 0.1), 0.0, 0.0),
+    "lukewarm": (0.20, 0.8, (0.3, 0.4, 0.3), 0.0, 0.1),
+    "negative": (0.20, 0.8, (0.1, 0.3, 0.6), 0.0, 0.0),
+    "off-topic": (0.15, 0.2, (0.4, 0.3, 0.3), 0.0, 0.0),
+    "repetitive": (0.10, 0.7, (0.4, 0.3, 0.3), 0.6, 0.0),
+    "careless": (0.10, 0.7, (0.4, 0.3, 0.3), 0.0, 0.7),
+}
+
+
+def make_clause(place: str, aspect: str, on_topic: float, mood: tuple, rng: random.Random) -> list[str]:
+    """The words of one random CLAUSE, about the place or the aspect with probability on_topic."""
+
+    def pick(words_by_mood: list) -> str:
+        return rng.choice(rng.choices(words_by_mood, mood)[0])
+
+    asked, others = rng.choice([(place, PLACES), (aspect, ASPECTS)])
+    noun = asked if rng.random() < on_topic else rng.choice(others)
+    determiner = "the" if rng.random() < 0.7 else rng.choice(CLASSES["D"])
+    noun_phrase = [determiner] + [pick(ADJECTIVES)] * (rng.random() < 0.2) + [noun]
+    if rng.random() < 0.4:
+        return [rng.choice(CLASSES["P"]), pick(VERBS)] + (["it"] if rng.random() < 0.25 else noun_phrase)
+    words = noun_phrase + [rng.choice(CLASSES["C"])]
+    for link in [[], ["and"]][: 1 + (rng.random() < 0.2)]:
+        words += link + [rng.choice(CLASSES["M"])] * (rng.random() < 0.3) + [pick(ADJECTIVES)]
+    return words
+
+
+def demonstrate(place: str, aspect: str, rng: random.Random) -> str:
+    """An answer of 3 to 23 words (4 to 24 tokens with the end of sequence) by a random demonstrator."""
+    rows = list(DEMONSTRATORS.values())
+    _, on_topic, mood, twice, slip = rng.choices(rows, [row[0] for row in rows])[0]
+    words = []
+    for _ in range(rng.choice([1, 1, 2, 2, 3, 3, 4])):
+        sentence = make_clause(place, aspect, on_topic, mood, rng)
+        if rng.random() < 0.25:
+            conjunction = rng.choice(CLASSES["K"] + CLASSES["B"])
+            sentence += [conjunction] + make_clause(place, aspect, on_topic, mood, rng)
+        sentence += [rng.choice(CLASSES["T"])] * (rng.random() < 0.15) + ["."]
+        sentence *= 1 + (rng.random() < twice)
+        if rng.random() < slip:
+            i = rng.randrange(len(sentence) - 1)
+            a, b = sentence[i : i + 2]
+            sentence[i : i + 2] = rng.choice([[b], [a, a, b], [b, a]])
+        if len(words) + len(sentence) <= 23:
+            words += sentence
+    return " ".join(words) if words else demonstrate(place, aspect, rng)
+
+
+# Files
+
+SPLITS = {"train": 0.7, "validation": 0.1, "test": 0.2}  # shares of the distinct prompts
+ROWS = {"sft": (6000, 500, 500), "preferences": (16000, 1000, 1000), "prompts": (2048, 256, 512)}
+
+
+def make_rows(kind: str, requests: list[tuple], count: int, rng: random.Random) -> list[dict]:
+    """count rows of the kind for (prompt, place, aspect) requests; "prompts" takes each at most once."""
+    if kind == "prompts":
+        return [{"prompt": prompt} for prompt, _, _ in rng.sample(requests, count)]
+    rows = []
+    while len(rows) < count:
+        prompt, place, aspect = rng.choice(requests)
+        first, second = demonstrate(place, aspect, rng), demonstrate(place, aspect, rng)
+        if kind == "sft":
+            rows.append({"prompt": prompt, "completion": first})
+        elif first != second:
+            probability = 1 / (1 + math.exp(gold_reward(prompt, second) - gold_reward(prompt, first)))
+            chosen, rejected = (first, second) if rng.random() < probability else (second, first)
+            rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+    return rows
+
+
+def make_model() -> tuple[PreTrainedTokenizerFast, GPT2Config]:
+    """The tokenizer, one token a word, and the config of the policy."""
+    texts = [" ".join(OPENINGS + ENDINGS).replace("{}", "")] + [" ".join(words) for words in CLASSES.values()]
+    vocabulary = ["<pad>", "<eos>", "<unk>"] + sorted({word for text in texts for word in split_words(text)})
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = dict(
+        pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", clean_up_tokenization_spaces=False
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, model_max_length=64, **special)
+    sizes = dict(vocab_size=len(vocabulary), n_positions=64, n_embd=144, n_layer=2, n_head=4)
+    dropouts = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, summary_first_dropout=0.0)
+    ids = dict(pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None)
+    # 1 / sqrt(n_embd): with the default 0.02 so narrow a model hardly learns to copy from the prompt.
+    return tokenizer, GPT2Config(**sizes, **dropouts, **ids, initializer_range=0.08)
+
+
+def build(folder: Path, seed: int) -> None:
+    """Writes every file of the task into an empty folder; args.json lists them."""
+    for part in make_model():
+        part.save_pretrained(folder / "model")
+    asked = [(place, aspect) for place in PLACES for aspect in ASPECTS]
+    templates = [f"{opening} {ending}" for opening in OPENINGS for ending in ENDINGS]
+    requests = [(template.format(*pair), *pair) for pair in asked for template in templates]
+    random.Random(f"{seed} requests").shuffle(requests)
+    end = 0
+    for i, (split, share) in enumerate(SPLITS.items()):
+        start, end = end, end + round(share * len(requests))
+        for kind, counts in ROWS.items():
+            rows = make_rows(kind, requests[start:end], counts[i], random.Random(f"{seed} {kind} {split}"))
+            (folder / kind).mkdir(exist_ok=True)
+            lines = "".join(json.dumps(row) + "\n" for row in rows)
+            (folder / kind / f"{split}.jsonl").write_text(lines, newline="\n")
+    files = sorted(list_files(folder) | {"args.json"})
+    (folder / "args.json").write_text(
+        json.dumps({"script": "toy.py", "seed": seed, "files": files}, indent=2) + "\n"
+    )
+
+
+def list_files(folder: Path) -> set[str]:
+    """Relative paths of everything in the folder that is not itself a folder."""
+    paths = [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
+    return {path.relative_to(folder).as_posix() for path in paths}
+
+
+def read_written(folder: Path) -> dict:
+    """args.json of a folder that toy.py wrote and nobody added to; {} for any other folder."""
+    try:
+        written = json.loads((folder / "args.json").read_text())
+        return (
+            written if written["script"] == "toy.py" and list_files(folder) <= set(written["files"]) else {}
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def fail(message: str) -> None:
+    """Ends in one line on standard error and exit status 2."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def main(args: Args) -> None:
+    if args.seed < 0:
+        fail(f"--seed is {args.seed}; give 0 or more")
+    folder = Path(args.output_dir).resolve()
+    found, written = list_files(folder), read_written(folder)
+    if folder.is_file() or (found and not written):
+        fail(f"{args.output_dir} holds files that toy.py did not write; choose another --output_dir")
+    if found and not args.overwrite:
+        if written["seed"] != args.seed or found != set(written["files"]):
+            fail(f"{args.output_dir} is incomplete or of another seed ({written['seed']}); add --overwrite")
+        print(f"nothing to do: {args.output_dir} already holds this data (seed {args.seed})")
+        return
+    beside = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    try:
+        (beside / "new").mkdir(parents=True)
+        build(beside / "new", args.seed)
+        if written:
+            folder.rename(beside / "old")
+        elif folder.exists():
+            folder.rmdir()
+        (beside / "new").rename(folder)
+    except OSError as error:
+        fail(f"cannot write {args.output_dir} ({error.strerror}); choose another --output_dir")
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    rows = ", ".join(f"{sum(counts)} {kind}" for kind, counts in ROWS.items())
+    print(f"wrote model and rows ({rows}) to {args.output_dir} (seed {args.seed})")
+
+
+def parse_args(argv: list[str] | None = None) -> Args:
+    """The command line as Args; what it does not know ends in one line and exit status 2."""
+    parser = HfArgumentParser(Args, allow_abbrev=False)
+    parser.error = lambda message: fail(f"{message}; see --help")
+    options = dict(return_remaining_strings=True, look_for_args_file=False)
+    args, unknown = parser.parse_args_into_dataclasses(argv, **options)
+    if unknown:
+        fail(f"unknown arguments {' '.join(unknown)}; see --help")
+    return args
+
+
+if __name__ == "__main__":
+    main(parse_args())
