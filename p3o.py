@@ -2,19 +2,19 @@
 
     python p3o.py     the embedded task, after toy.py, sft.py and reward_model.py; other models: README.md
 
-P3O samples K >= 2 responses to a prompt and learns from the differences of their rewards alone. Preferences fix
-a reward only up to an offset per prompt; differences do not see that offset, and no critic has to learn it.
+P3O samples K >= 2 responses to a prompt and learns from the differences of their rewards alone. Preferences
+fix a reward only up to an offset per prompt; differences do not see that offset, and no critic learns it.
 
     trajectory reward         R = r - beta log(pi_old / pi_SFT)               trajectory_reward
     pairwise policy gradient  E (R1 - R2) grad log(pi(y1) / pi(y2)) / 2       pairwise_policy_gradient_loss
     P3O-V1                    rho_1 and rho_2 clipped separately              p3o_loss(clipping="separate")
     P3O-V2                    log(pi(y1) / pi(y2)) clipped                    p3o_loss(clipping="joint")
 
-Departures: K > 2 responses use all pairs (the paper has K = 2). Importance weights are held within exp(+-20), as
-float32 overflows soon after. --max_importance_weight comes from the first author's code and is off.
+Departures: K > 2 responses use all pairs (the paper has K = 2). Importance weights are held within exp(+-20),
+as float32 overflows soon after. --max_importance_weight is the first author's code's, and off by default.
 
-Legend: B prompts, K responses to each, N = B * K rows; P prompt length, R response length, V vocabulary. Prompts
-are padded on the left, responses on the right. Masks are boolean, True counts. Log-probs and KL in nats.
+Legend: B prompts, K responses to each, N = B * K rows; P prompt length, R response length, V vocabulary.
+Prompts are padded on the left, responses on the right. Masks are boolean, True counts. Logs are in nats.
 """
 
 import json
@@ -62,7 +62,7 @@ class Args:
     dtype: Literal["float32", "bfloat16"] = flag(
         "float32", "bfloat16: autocast; trained weights stay in float32"
     )
-    learning_rate: float = flag(1e-4, "AdamW, constant; 1e-6 to 1e-5 for pretrained models")
+    learning_rate: float = flag(1e-4, "AdamW, falls linearly to 0; 1e-6 to 1e-5 for pretrained models")
     steps: int = flag(120, "rollouts in all; may be raised on --resume")
     prompts_per_step: int = flag(64, "B, prompts per rollout")
     num_responses: int = flag(2, "K, responses per prompt; all K (K - 1) / 2 pairs are used")
@@ -100,13 +100,13 @@ class Args:
 def trajectory_reward(score, logp_old_seq, logp_ref_seq, beta):
     """R(x, y) = r(x, y) - beta log(pi_old(y|x) / pi_SFT(y|x)), one number per response [P3O, sec. 4].
 
-    All (B, K), log-probs in nats per response. float64 scores give float64 rewards, whose differences are exact.
+    All (B, K), log-probs in nats per response. float64 scores give float64 rewards with exact differences.
     """
     return score - beta * (logp_old_seq - logp_ref_seq)
 
 
 def response_pairs(reward):
-    """The pairs i < j of K responses and R_i - R_j: (B, K) -> (pairs,), (pairs,), (B, pairs). ValueError if K < 2."""
+    """Pairs i < j of responses and R_i - R_j: (B, K) -> (pairs,), (pairs,), (B, pairs). ValueError: K < 2."""
     if reward.dim() != 2 or reward.shape[1] < 2:
         raise ValueError(f"reward must have shape (B, K) with K >= 2, got {tuple(reward.shape)}")
     i, j = torch.triu_indices(reward.shape[1], reward.shape[1], offset=1, device=reward.device)
@@ -116,13 +116,11 @@ def response_pairs(reward):
 def pairwise_policy_gradient_loss(logp_new_seq, reward):
     """-(R1 - R2) (log pi(y1|x) - log pi(y2|x)) / 2: its gradient is minus the PPG [P3O, Theorem 1].
 
-    logp_new_seq (nats per response), reward: (B, K). Mean over prompts and all pairs of responses, which must come
-    from the current policy. For K > 2 this is REINFORCE leave-one-out. ValueError if K < 2 or shapes differ.
+    logp_new_seq (nats per response), reward: (B, K). Mean over prompts and all pairs of responses, which must
+    come from the current policy. Equals REINFORCE leave-one-out. ValueError if K < 2 or shapes differ.
     """
     if logp_new_seq.shape != reward.shape:
-        raise ValueError(
-            f"shapes differ: logp_new_seq {tuple(logp_new_seq.shape)}, reward {tuple(reward.shape)}"
-        )
+        raise ValueError(f"shapes differ: {[tuple(x.shape) for x in (logp_new_seq, reward)]}")
     i, j, difference = response_pairs(reward)
     return -(difference.to(logp_new_seq.dtype) * (logp_new_seq[:, i] - logp_new_seq[:, j]) / 2).mean()
 
@@ -132,14 +130,14 @@ def p3o_loss(
 ):
     """Minus the P3O objective, V1 (clipping="separate") or V2 (clipping="joint") [P3O, sec. 4].
 
-    V1:  A_i = sg[(R_i - R_-i) rho_-i]       -sum_i min(A_i rho_i, A_i clip(rho_i, 1 - eps, 1 + eps)) / 2
-    V2:  w = sg[(R_1 - R_2) rho_1 rho_2]     -min(w d, w clip(d, -eps, eps)) / 2     d = log rho_1 - log rho_2
-    The paper's d is log(pi(y1) / pi(y2)); less its value under pi_old it has the same gradient, and starts at 0.
+    V1:  A_i = sg[(R_i - R_-i) rho_-i]      -sum_i min(A_i rho_i, A_i clip(rho_i, 1 - eps, 1 + eps)) / 2
+    V2:  w = sg[(R_1 - R_2) rho_1 rho_2]    -min(w d, w clip(d, -eps, eps)) / 2,    d = log rho_1 - log rho_2
+    The paper's d is log(pi(y1) / pi(y2)); less its value under pi_old it starts at 0, with the same gradient.
 
-    logp_new_seq, logp_old_seq (nats per response), reward: (B, K). Mean over prompts and all pairs of responses.
+    logp_new_seq, logp_old_seq (nats per response), reward: (B, K). Mean over prompts and pairs of responses.
     max_importance_weight: c, the weight rho_1 rho_2 (V1: rho_-i) is held in [1/c, c]; None: it is not.
-    Returns (loss, {"clip_fraction": share of terms whose gradient the clip removed, "log_ratio_max": max |log rho|}).
-    ValueError if K < 2, shapes differ or clipping is neither of the two.
+    Returns the loss and {"clip_fraction": share of terms whose gradient the clip removed, "log_ratio_max":
+    max |log rho|}. ValueError if K < 2, shapes differ or clipping is neither of the two.
     """
     if not logp_new_seq.shape == logp_old_seq.shape == reward.shape:
         raise ValueError(f"shapes differ: {[tuple(x.shape) for x in (logp_new_seq, logp_old_seq, reward)]}")
@@ -210,7 +208,8 @@ def read_values(model, prompt_ids, prompt_mask, response_ids, response_mask):
     """
     inputs = model_inputs(prompt_ids, prompt_mask, response_ids, response_mask)
     hidden = model.base_model(**inputs, use_cache=False).last_hidden_state  # (B, P + R, D)
-    return model.score(hidden[:, prompt_ids.shape[1] - 1 :]).squeeze(-1).float()
+    hidden = hidden[:, prompt_ids.shape[1] - 1 :].to(model.score.weight.dtype)
+    return model.score(hidden).squeeze(-1).float()
 
 
 def read_score(model, prompt_ids, prompt_mask, response_ids, response_mask):
@@ -275,9 +274,7 @@ def parse_row(row, tokenizer):
             return text, [r[-1]["content"] + "" for r in responses]
         except (KeyError, TypeError, IndexError, TemplateError):
             raise ValueError("not a conversation that the chat template accepts") from None
-    if (
-        prompt is None and "text" not in row
-    ):  # whole dialogues: the last turn of the assistant is the response
+    if prompt is None and "text" not in row:  # whole dialogues: the assistant's last turn is the response
         ends = [r.rfind("\n\nAssistant:") + len("\n\nAssistant:") for r in responses]
         prompt, *others = [r[:end] for r, end in zip(responses, ends)]
         if not prompt.endswith("\n\nAssistant:") or any(other != prompt for other in others):
@@ -294,7 +291,7 @@ def end_of_turn(tokenizer):
 
 
 def encode_row(row, num_responses, tokenizer, chat, eos_id, args):
-    """Texts and token ids of a row. Responses end in EOS or are cut at args.response_length. ValueError: unusable."""
+    """Token ids of a row; responses end in EOS or are cut at --response_length. ValueError: unusable."""
     prompt, responses = parse_row(row, tokenizer)
     prompt_ids = tokenizer(prompt, add_special_tokens=not chat)["input_ids"] or [eos_id]
     if len(prompt_ids) > args.prompt_length:
@@ -311,8 +308,8 @@ def encode_row(row, num_responses, tokenizer, chat, eos_id, args):
 def read_examples(name, splits, num_responses, tokenizer, args, limit=None):
     """([{"prompt": text, "prompt_ids": [...], "response_ids": [[...], ...]}, ...], eos_id of the responses).
 
-    num_responses: 2 for preference pairs (chosen first), 1 for demonstrations, 0 for prompts. Rows that cannot be
-    used are dropped, counted and reported by reason; reading stops at `limit` examples.
+    num_responses: 2 for preference pairs, chosen first; 1 for demonstrations; 0 for prompts. Rows that cannot
+    be used are dropped, counted and reported by reason; reading stops at `limit` examples.
     """
     rows, split = open_split(name, splits)
     usable = [c for c, n in FORMATS if n >= num_responses and (num_responses or c != ("text",))]
@@ -321,11 +318,8 @@ def read_examples(name, splits, num_responses, tokenizer, args, limit=None):
     require(columns, f"data set {name!r} has columns {rows.column_names}", f"expected {expected}")
     rows = rows.select_columns(list(columns))
     chat = len(rows) > 0 and any(isinstance(value, list) for value in rows[0].values())
-    require(
-        not chat or tokenizer.chat_template,
-        f"{name!r} holds conversations",
-        "use a model with a chat template",
-    )
+    todo = "use a model whose tokenizer has a chat template"
+    require(not chat or tokenizer.chat_template, f"{name!r} holds conversations", todo)
     eos_id = end_of_turn(tokenizer) if chat else tokenizer.eos_token_id
     examples, dropped = [], Counter()
     for row in tqdm(rows, f"reading {name}", leave=False, disable=None):
@@ -343,7 +337,7 @@ def read_examples(name, splits, num_responses, tokenizer, args, limit=None):
 
 
 def data_order(num_rows, size, step, seed):
-    """Row numbers of step 1, 2, ...: passes over the data, each shuffled by its own seed: no state to save."""
+    """Row numbers of step 1, 2, ...: passes over the data, each shuffled by a seed: no state to save."""
     places = [divmod(place, num_rows) for place in range((step - 1) * size, step * size)]
     generators = {n: torch.Generator().manual_seed(seed * 10**6 + n) for n, _ in places}
     orders = {n: torch.randperm(num_rows, generator=generators[n]) for n in generators}
@@ -353,9 +347,7 @@ def data_order(num_rows, size, step, seed):
 # ---------------------------------------------------------------------------------------------------- models
 def load_tokenizer(name):
     """The tokenizer of a model; where it has no padding token EOS serves, as masks go by position."""
-    require(
-        is_findable(name), f"model {name!r} does not exist", "run the stage that makes it, or name another"
-    )
+    require(is_findable(name), f"model {name!r} does not exist", "run the stage before, or name another")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:  # missing, broken, unknown: transformers raises many kinds
@@ -367,7 +359,7 @@ def load_tokenizer(name):
 
 
 def load_model(auto_class, name, tokenizer, args, may_miss=(), **config):
-    """A decoder-only model from a folder or the hub. may_miss: weights that may be missing and start at random."""
+    """A decoder-only model from a folder or the hub. may_miss: weights that may be missing: a new head."""
     try:
         options = {"dtype": torch.float32, "output_loading_info": True}
         model, info = auto_class.from_pretrained(name, **options, **config)
@@ -375,10 +367,12 @@ def load_model(auto_class, name, tokenizer, args, may_miss=(), **config):
         wrong = f"cannot load model {name!r} ({first_line(error)})"
         raise RunError(wrong, "name a model's folder or hub id") from None
     kind = "reward model" if "Classification" in auto_class.__name__ else "language model"
-    right = set(info["missing_keys"]) <= set(may_miss) and (
-        may_miss or "score.weight" not in info["unexpected_keys"]
+    missing, unexpected = set(info["missing_keys"]) - set(may_miss), set(info["unexpected_keys"])
+    require(
+        not missing and ("score.weight" not in unexpected or may_miss),
+        f"{name!r} is not a {kind}",
+        f"name a {kind}",
     )
-    require(right, f"{name!r} is not a {kind}", f"name a {kind}")
     return prepare_model(model, name, tokenizer, args)
 
 
@@ -387,15 +381,11 @@ def prepare_model(model, name, tokenizer, args):
 
     Weights stay in float32, where small updates are not rounded away; --dtype bfloat16 is autocast.
     """
-    need, most = (
-        args.prompt_length + args.response_length,
-        getattr(model.config, "max_position_embeddings", None),
-    )
-    require(need <= (most or need), f"{name!r} holds {most} tokens, not {need}", "lower --prompt_length")
-    size = model.get_input_embeddings().num_embeddings
-    require(
-        len(tokenizer) <= size, f"{name!r} embeds {size} of {len(tokenizer)} tokens", "use its own tokenizer"
-    )
+    need = args.prompt_length + args.response_length
+    most = getattr(model.config, "max_position_embeddings", None) or need
+    require(need <= most, f"{name!r} holds {most} tokens, not {need}", "lower --prompt_length")
+    known, size = len(tokenizer), model.get_input_embeddings().num_embeddings
+    require(known <= size, f"{name!r} embeds {size} of {known} tokens", "use its own tokenizer")
     with torch.no_grad():
         first = [model.eval().base_model(torch.tensor([[1, x]])).last_hidden_state[0, 0] for x in (2, 3)]
     require(torch.equal(*first), f"{name!r} sees later tokens", "use a decoder-only model")
@@ -415,17 +405,15 @@ def load_reward_model(name, tokenizer, args):
 
 
 def translate(batch, tokenizer, other):
-    """The same prompts and responses in the tokens of another tokenizer."""
-    prompt_ids, prompt_mask, response_ids, response_mask = batch
-    prompts = [tokenizer.decode(ids[mask]) for ids, mask in zip(prompt_ids, prompt_mask)]
-    texts = [
-        tokenizer.decode(ids[mask], skip_special_tokens=True)
-        for ids, mask in zip(response_ids, response_mask)
-    ]
+    """The same prompts and responses in the tokens of another tokenizer, EOS where there was one."""
+    prompts = [tokenizer.decode(ids[mask]) for ids, mask in zip(*batch[:2])]
+    responses = [ids[mask].tolist() for ids, mask in zip(*batch[2:])]
+    texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in responses]
     prompts, texts = (other(x, add_special_tokens=False)["input_ids"] for x in (prompts, texts))
-    padding, eos = (other.pad_token_id, prompt_ids.device), [other.eos_token_id]
+    eos, padding = [other.eos_token_id], (other.pad_token_id, batch[0].device)
+    texts = [new + eos * (ids[-1] in tokenizer.all_special_ids) for new, ids in zip(texts, responses)]
     prompts = pad([ids or eos for ids in prompts], "left", *padding)
-    return *prompts, *pad([ids + eos for ids in texts], "right", *padding)
+    return *prompts, *pad([ids or eos for ids in texts], "right", *padding)
 
 
 # --------------------------------------------------------------------------------------------------- rollout
@@ -448,11 +436,11 @@ def sample_responses(model, prompt_ids, prompt_mask, response_length, temperatur
 
 @torch.no_grad()
 def rollout(models, examples, num_responses, eos_id, tokenizer, args):
-    """K responses to each of B prompts, scored: tensors of N = B * K rows, K to a prompt, and seconds by phase.
+    """K responses to each of B prompts, scored: tensors of N = B * K rows, and seconds by phase.
 
-    models: policy, reference, reward model and its tokenizer (None: the same). score: r(x, y) less the missing-EOS
-    penalty, float64 (N,). logp_old_tok, logp_ref_tok, entropy_tok and kl_tok, the exact KL of the next-token
-    distributions: (N, R), nats. Log-probs come from the forward pass of training, not from the sampler.
+    models: policy, reference, reward model and its tokenizer (None: the same). score: r(x, y) less the
+    missing-EOS penalty, float64 (N,). logp_old_tok, logp_ref_tok, entropy_tok and kl_tok, the exact KL of the
+    next-token distributions: (N, R), nats. Log-probs come from training's forward pass, not from the sampler.
     """
     policy, reference, reward_model, reward_tokenizer = models
     pad_id, start = tokenizer.pad_token_id, time.perf_counter()
@@ -478,9 +466,9 @@ def rollout(models, examples, num_responses, eos_id, tokenizer, args):
 
 
 def rollout_metrics(batch, num_responses, beta):
-    """Means of a rollout. reward, objective (reward - beta kl), kl, kl_exact: per response, in nats where a log is;
-    entropy: nats per token; perplexity under the reference; response_length: tokens; eos_rate;
-    frac_identical_pairs: of the pairs of responses to a prompt."""
+    """Means of a rollout: reward, objective (reward - beta kl), kl and kl_exact (nats) per response; entropy
+    (nats) and perplexity under the reference per token; response_length (tokens); eos_rate;
+    frac_identical_pairs, of the pairs of responses to a prompt."""
     mask, tokens = batch["response_mask"], batch["response_mask"].sum()
     reward, kl = batch["score"].mean(), (batch["logp_old_tok"] - batch["logp_ref_tok"]).sum(1).mean()
     metrics = {"reward": reward, "objective": reward - beta * kl, "kl": kl}
@@ -502,13 +490,13 @@ def printable(text):
 
 
 def cost_metrics(tokens, seconds):
-    """Seconds by phase, response tokens per second of all of them, peak memory (of the GPU, else of the process)."""
+    """Seconds by phase, response tokens per second of them all, peak memory (GPU, else the process)."""
     peak = torch.cuda.max_memory_allocated() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return seconds | {"tokens_per_second": tokens / sum(seconds.values()), "peak_memory_gb": peak / 1e9}
 
 
 def evaluate(step, models, held_out, eos_id, tokenizer, args):
-    """eval_ metrics on held-out prompts, with the same random numbers at every step; texts go to samples.jsonl."""
+    """eval_ metrics on held-out prompts, every time with the same seed; the texts go to samples.jsonl."""
     torch.manual_seed(args.seed * 10**6)
     batch, _ = rollout(models, held_out, 1, eos_id, tokenizer, args)
     kl = (batch["logp_old_tok"] - batch["logp_ref_tok"]).sum(1)
@@ -523,18 +511,17 @@ def evaluate(step, models, held_out, eos_id, tokenizer, args):
 def print_result(args, seconds):
     """The last line: what the policy reached on the held-out prompts, from what, and where it is."""
     rows = [json.loads(line) for line in open(Path(args.output_dir, "metrics.jsonl"))]
-    first, last = [row for row in rows if "eval_reward" in row][:: len(rows) - 1 or 1][0], rows[-1]
-    reached = f"reward {first['eval_reward']:.3f} -> {last['eval_reward']:.3f} at KL {last['eval_kl']:.2f} nats/response"
-    print(
-        f"{args.output_dir}: {reached} on held-out prompts; {last['step']} steps, {seconds / 60:.1f} minutes"
-    )
+    before, after, kl = rows[0]["eval_reward"], rows[-1]["eval_reward"], rows[-1]["eval_kl"]
+    reached = f"reward {before:.3f} -> {after:.3f} at KL {kl:.2f} nats/response on held-out prompts"
+    print(f"{args.output_dir}: {reached}; {rows[-1]['step']} steps, {seconds / 60:.1f} minutes")
 
 
 # ------------------------------------------------- checkpoints and failures (the same bytes in every script)
 ZERO_ALLOWED = ["seed", "eval_every", "save_every", "micro_batch_size", "beta", "reward_shift", "margin"]
 ZERO_ALLOWED += ["missing_eos_penalty", "lm_coef"]
 DATA_FILES = (".json", ".jsonl", ".gz", ".parquet")
-MAY_CHANGE = ["steps", "save_every", "device", "resume", "overwrite"]
+MAY_CHANGE = ["resume", "overwrite", "steps", "save_every", "device"]
+INPUTS = ["model", "reward_model", "dataset"]
 received_signals = []
 
 
@@ -556,7 +543,7 @@ def first_line(error):
 
 
 def is_findable(name):
-    """A path that exists, or what the hub may know: owner/name, not a data file nor a folder that a stage writes."""
+    """A path that exists, or a name for the hub: owner/name, not a data file nor what a stage writes."""
     on_hub = re.fullmatch(r"(?!\.|out/|data/)[\w.-]+(/[\w.-]+)?", name) and not name.endswith(DATA_FILES)
     return Path(name).exists() or bool(on_hub)
 
@@ -566,44 +553,35 @@ def check_args(args):
     for name, value in vars(args).items():
         low = 0 if name in ZERO_ALLOWED else 1 if type(value) is int else 1e-12
         in_range = type(value) not in (int, float) or low <= value <= 1e9
-        require(in_range, f"--{name} {value} is out of range", f"give a number of at least {low}")
+        require(in_range, f"--{name} {value} is out of range", f"give a number from {low} to 1e9")
     if hasattr(args, "minibatch_size"):
         args.micro_batch_size = args.micro_batch_size or args.minibatch_size
         n, m, k = (getattr(args, x, 0) for x in ("prompts_per_step", "minibatch_size", "micro_batch_size"))
         require(n % m == 0, f"--minibatch_size {m} does not divide --prompts_per_step {n}", "give a divisor")
         require(m % k == 0, f"--micro_batch_size {k} does not divide --minibatch_size {m}", "give a divisor")
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        args.device = (
-            ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-        )
         torch.zeros(1, device=args.device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise RunError(
-            f"cannot use --device {args.device} ({first_line(error)})", "give cpu or cuda"
-        ) from None
-    folder = Path(args.output_dir).absolute()
+        wrong = f"cannot use --device {args.device} ({first_line(error)})"
+        raise RunError(wrong, "give cpu or cuda") from None
+    folder, elsewhere = Path(args.output_dir).absolute(), "choose another --output_dir"
     parent = next(path for path in (folder, *folder.parents) if path.exists())
-    require(
-        parent.is_dir() and os.access(parent, os.W_OK),
-        f"{parent} cannot be written",
-        "choose another --output_dir",
-    )
-    inputs = [Path(getattr(args, name, "")).absolute() for name in ("model", "reward_model", "dataset")]
+    require(parent.is_dir() and os.access(parent, os.W_OK), f"{parent} cannot be written", elsewhere)
+    inputs = [Path(getattr(args, name, None) or "").absolute() for name in INPUTS]
     inside = any(folder in (path, *path.parents) for path in inputs)
-    require(not inside, f"--output_dir {folder} holds an input", "choose another --output_dir")
+    require(not inside, f"--output_dir {folder} holds an input", elsewhere)
     if not folder.exists() or not any(folder.iterdir()):
         return
-    require(
-        (folder / "args.json").exists(), f"{folder} holds files but no run", "choose another --output_dir"
-    )
-    todo = "give --resume, --overwrite or another --output_dir"
-    require(args.resume != args.overwrite, f"{folder} already holds a run", todo)
+    require((folder / "args.json").exists(), f"{folder} holds files but no run", elsewhere)
+    require(args.resume or args.overwrite, f"{folder} holds a run", f"--resume, --overwrite or {elsewhere}")
+    require(not (args.resume and args.overwrite), "--resume and --overwrite are opposites", "give one")
     before = json.loads((folder / "args.json").read_text())["args"] if args.resume else vars(args)
     for name in [name for name in vars(args) if name not in MAY_CHANGE]:
         was, now = before.get(name), getattr(args, name)
-        require(
-            was == now, f"--{name} was {was}, now {now}", f"--resume lets only {', '.join(MAY_CHANGE)} change"
-        )
+        todo = f"on --resume only {', '.join(MAY_CHANGE[2:])} may change"
+        require(was == now, f"--{name} was {was} and is now {now}", todo)
 
 
 def open_run(args):
@@ -611,18 +589,17 @@ def open_run(args):
 
     On --resume the logs are cut back to that checkpoint, so that they end up without gaps or repeats.
     """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
     folder = Path(args.output_dir)
     if args.overwrite:
         shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
-    git = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
-    )
+    git = ["git", "-C", str(Path(__file__).absolute().parent), "rev-parse", "HEAD"]
+    commit = shutil.which("git") and subprocess.run(git, capture_output=True, text=True).stdout.strip()
     versions = {name: version(name) for name in ("torch", "transformers", "datasets")}
-    record = {"args": vars(args), "versions": versions, "git_commit": git.stdout.strip() or None}
-    new = Path(
-        f"{folder}.args.json.new"
-    )  # beside the folder: an empty folder or a whole args.json, never half
+    record = {"args": vars(args), "versions": versions, "git_commit": commit or None}
+    new = Path(f"{folder}.args.json")  # beside the folder, which is empty or holds a whole args.json
     new.write_text(json.dumps(record, indent=2))
     os.replace(new, folder / "args.json")
     path, checkpoint = folder / "checkpoint.pt", None
@@ -633,55 +610,61 @@ def open_run(args):
     return checkpoint
 
 
+def on_signal(number, frame):
+    """Lets the step finish and save; the same signal again ends at once."""
+    received_signals.append(number)
+    signal.signal(number, signal.SIG_DFL)
+
+
 def append_jsonl(args, name, row):
     with open(Path(args.output_dir, name), "a") as file:
         file.write(json.dumps(row) + "\n")
 
 
 def save_checkpoint(args, step, models, tokenizer, state):
-    """Writes checkpoint.pt, all that --resume needs, then the models as ordinary folders; beside, moved into place.
+    """Writes checkpoint.pt, all that --resume needs, beside and moves it into place; then exports the models.
 
-    models: {subfolder: model}, "" for the main one. state: what else the script needs, tensors and plain values.
+    models: {subfolder: model}, "" for the main one. state: what else the script needs, tensors and values.
     """
-    folder, new = Path(args.output_dir), Path(args.output_dir, "new")
+    path, new = Path(args.output_dir, "checkpoint.pt"), Path(args.output_dir, "checkpoint.pt.new")
     finite = all(p.isfinite().all() for model in models.values() for p in model.parameters())
     require(finite, f"weights are not finite after step {step}", last_checkpoint(args), 1)
     state = state | {"step": step, "models": {name: model.state_dict() for name, model in models.items()}}
-    state["log_sizes"] = {log.name: log.stat().st_size for log in folder.glob("*.jsonl")}
+    state["log_sizes"] = {log.name: log.stat().st_size for log in path.parent.glob("*.jsonl")}
     try:
-        torch.save(state, folder / "checkpoint.pt.new")
-        os.replace(folder / "checkpoint.pt.new", folder / "checkpoint.pt")
-        for name, model in models.items():
-            model.save_pretrained(new / name)
-            tokenizer.save_pretrained(new / name)
-            (folder / name).mkdir(exist_ok=True)
-        for path in [path for path in new.rglob("*") if path.is_file()]:
-            os.replace(path, folder / path.relative_to(new))
-        shutil.rmtree(new)
+        torch.save(state, new)
+        os.replace(new, path)
+        export_models(args, models, tokenizer)
     except Exception as error:  # a full disk shows as OSError, RuntimeError or SafetensorError
-        wrong, todo = (
-            f"cannot save step {step} ({first_line(error)})",
-            f"make room and --resume; {last_checkpoint(args)}",
-        )
-        (folder / "checkpoint.pt.new").unlink(missing_ok=True)
-        raise RunError(wrong, todo, 1) from None
+        new.unlink(missing_ok=True)
+        todo = f"make room and --resume; {last_checkpoint(args)}"
+        raise RunError(f"cannot save step {step} ({first_line(error)})", todo, 1) from None
+
+
+def export_models(args, models, tokenizer):
+    """Ordinary save_pretrained folders, written beside and moved into place file by file."""
+    new = Path(args.output_dir, "new")
+    for name, model in models.items():
+        model.save_pretrained(new / name)
+        tokenizer.save_pretrained(new / name)
+        Path(args.output_dir, name).mkdir(exist_ok=True)
+    for path in [path for path in new.rglob("*") if path.is_file()]:
+        os.replace(path, Path(args.output_dir, path.relative_to(new)))
+    shutil.rmtree(new)
 
 
 def last_checkpoint(args):
     path = Path(args.output_dir, "checkpoint.pt")
     step = torch.load(path, weights_only=True)["step"] if path.exists() else None
-    return (
-        f"the last good checkpoint is that of step {step} in {path}" if step else "there is no checkpoint yet"
-    )
+    return f"the last good checkpoint is step {step} in {path}" if step else "there is no checkpoint yet"
 
 
 def require_finite(args, step, **values):
     """Stops the run before a bad gradient reaches the weights."""
     for name, value in values.items():
-        todo = (
-            f"lower --learning_rate in a new run; {last_checkpoint(args)}" if not math.isfinite(value) else ""
-        )
-        require(math.isfinite(value), f"{name} is {value} at step {step}", todo, 1)
+        if not math.isfinite(value):
+            todo = f"lower --learning_rate in a new run; {last_checkpoint(args)}"
+            raise RunError(f"{name} is {value} at step {step}", todo, 1)
 
 
 def end_step(args, step, metrics, models, tokenizer, state):
@@ -695,24 +678,16 @@ def end_step(args, step, metrics, models, tokenizer, state):
 
 
 def guard(main, args_class):
-    """Parses the command line and runs main(args). Expected failures become one line; signals save first."""
-
-    def on_signal(number, frame):
-        received_signals.append(number)
-        signal.signal(number, signal.SIG_DFL)  # a second one ends at once
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_signal)
+    """Parses the command line and runs main(args). Expected failures become one line and an exit status."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     parser = HfArgumentParser(args_class, allow_abbrev=False)
     parser.error = lambda message: require(False, message, "see --help")
+    parse = {"look_for_args_file": False, "return_remaining_strings": True}
     try:
-        args, rest = parser.parse_args_into_dataclasses(
-            look_for_args_file=False, return_remaining_strings=True
-        )
-        require(not rest, f"unknown argument {' '.join(rest)}", "see --help")
+        args, unknown = parser.parse_args_into_dataclasses(**parse)
+        require(not unknown, f"unknown argument {' '.join(unknown)}", "see --help")
         return main(args)
     except RunError as error:
         message, status = error, error.status
@@ -720,6 +695,8 @@ def guard(main, args_class):
         message, status = "out of memory; lower --micro_batch_size or lengths, or use --dtype bfloat16", 1
     except OSError as error:
         message, status = f"{first_line(error)}; make room or mend the permissions, then --resume", 1
+    except KeyboardInterrupt:
+        message, status = "interrupted before the first step; nothing was lost", 130
     print(f"error: {message}", file=sys.stderr)
     sys.exit(status)
 
@@ -730,15 +707,12 @@ def policy_loss(logp_new_seq, logp_old_seq, reward, args):
     if args.clipping != "none":
         limits = args.clip_range, args.clipping, args.max_importance_weight
         return p3o_loss(logp_new_seq, logp_old_seq, reward, *limits)
-    log_ratio = (logp_new_seq - logp_old_seq).detach().abs().max().item()
-    return pairwise_policy_gradient_loss(logp_new_seq, reward), {
-        "clip_fraction": 0.0,
-        "log_ratio_max": log_ratio,
-    }
+    stats = {"clip_fraction": 0.0, "log_ratio_max": (logp_new_seq - logp_old_seq).detach().abs().max().item()}
+    return pairwise_policy_gradient_loss(logp_new_seq, reward), stats
 
 
 def update_policy(policy, optimizer, batch, reward, prompts, step, args):
-    """An optimizer step on a minibatch of prompts, each with its K responses; micro-batches add up to its gradient."""
+    """An optimizer step on a minibatch of prompts, each with its K responses, in micro-batches."""
     K, total = reward.shape[1], defaultdict(float)
     for micro in prompts.split(args.micro_batch_size):
         rows = (micro.unsqueeze(1) * K + torch.arange(K)).flatten()
@@ -759,7 +733,7 @@ def update_policy(policy, optimizer, batch, reward, prompts, step, args):
 
 
 def update_metrics(updates):
-    """Means over the optimizer steps of a rollout, the largest |log rho|, and that of the first step: rho must be 1."""
+    """Means over the optimizer steps of a rollout; the largest |log rho|, and the first, which must be 0."""
     metrics = {name: sum(u[name] for u in updates) / len(updates) for name in updates[0]}
     metrics["log_ratio_max"] = max(u["log_ratio_max"] for u in updates)
     return metrics | {"log_ratio_first": updates[0]["log_ratio_max"]}
@@ -775,9 +749,7 @@ def main(args):
     held_out, _ = read_examples(args.dataset, ["validation", "test"], 0, tokenizer, args, args.eval_prompts)
     policy, reference = (load_model(AutoModelForCausalLM, args.model, tokenizer, args) for _ in range(2))
     models = policy, reference.requires_grad_(False), *load_reward_model(args.reward_model, tokenizer, args)
-    offsets = (
-        torch.randn(len(prompts), 1, generator=torch.Generator().manual_seed(0)).double().to(args.device)
-    )
+    offsets = torch.randn(len(prompts), 1, generator=torch.Generator().manual_seed(0)).double()
     settings = {"lr": args.learning_rate, "betas": (0.9, 0.95), "eps": 1e-5, "weight_decay": 0.0}
     optimizer = torch.optim.AdamW(policy.parameters(), **settings)
     checkpoint, start = open_run(args), time.perf_counter()
@@ -785,17 +757,20 @@ def main(args):
     if checkpoint:
         policy.load_state_dict(checkpoint["models"][""])
         optimizer.load_state_dict(checkpoint["optimizer"])
+        export_models(args, {"": policy}, tokenizer)  # in case the run was killed while it did so
     else:
         metrics = evaluate(0, models, held_out, eos_id, tokenizer, args)
         append_jsonl(args, "metrics.jsonl", {"step": 0} | metrics)
 
     for step in tqdm(range(done + 1, args.steps + 1), "p3o", args.steps, initial=done, disable=None):
         torch.manual_seed(args.seed * 10**6 + step)  # every step draws afresh: no random state to save
+        optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - (step - 1) / args.steps)
         # 1. Sample a batch of prompts and K responses to each from pi_old; score them with the reward model.
         rows = data_order(len(prompts), args.prompts_per_step, step, args.seed)
         batch, seconds = rollout(models, [prompts[row] for row in rows], K, eos_id, tokenizer, args)
-        # 2. Trajectory rewards: the KL of the whole response is part of them.
-        score = batch["score"].view(-1, K) + args.reward_shift * offsets[rows]  # (B, K), float64
+        # 2. Trajectory rewards, (B, K): the KL of the whole response is part of them. Shifted scores are in
+        #    float64, where an offset per prompt does not round their differences.
+        score = batch["score"].view(-1, K) + args.reward_shift * offsets[rows].to(args.device)
         logp_old_seq, logp_ref_seq = (batch[x].sum(1).view(-1, K) for x in ("logp_old_tok", "logp_ref_tok"))
         reward = trajectory_reward(score, logp_old_seq, logp_ref_seq, args.beta)
         # 3. Climb the pairwise objective: epochs of minibatches, the responses to a prompt always together.
@@ -806,9 +781,8 @@ def main(args):
         # 4. Log, evaluate, save; pi_old is now the policy just trained.
         seconds["seconds_update"] = time.perf_counter() - clock
         tokens = batch["response_mask"].sum().item()
-        metrics = (
-            rollout_metrics(batch, K, args.beta) | update_metrics(updates) | cost_metrics(tokens, seconds)
-        )
+        metrics = rollout_metrics(batch, K, args.beta) | update_metrics(updates)
+        metrics |= cost_metrics(tokens, seconds)
         if step == args.steps or (args.eval_every and step % args.eval_every == 0):
             metrics |= evaluate(step, models, held_out, eos_id, tokenizer, args)
         end_step(args, step, metrics, {"": policy}, tokenizer, {"optimizer": optimizer.state_dict()})

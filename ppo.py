@@ -3,16 +3,17 @@
     python ppo.py                      the embedded task, after toy.py, sft.py and reward_model.py
     python ppo.py --preset ppo_max     the recipe of "Secrets of RLHF"; other models: README.md
 
-    token rewards      r_t = -beta (log pi_old - log pi_SFT)(y_t), + r(x, y) at the last token      token_rewards
-    TD error           delta_t = r_t + gamma V_t+1 - V_t, V behind the last token 0                 gae
-    advantages         A_t = sum_l (gamma lam)^l delta_t+l; returns R_t = A_t + V_t                 gae
-    PPO-Clip           max E min(rho_t A_t, clip(rho_t, 1 - eps, 1 + eps) A_t)                      ppo_clip_loss
-    PPO-Penalty        max E rho_t A_t - c KL(pi_old || pi)                                         ppo_penalty_loss
-    critic             min E max((V - R)^2, (clip(V, V_old -+ eps_v) - R)^2) / 2                    value_loss
-    adaptive beta      beta (1 + clip(KL / target - 1, -+0.2) n / horizon)                          adaptive_beta
+    token rewards   r_t = -beta (log pi_old - log pi_SFT)(y_t), + r(x, y) at the last      token_rewards
+    TD error        delta_t = r_t + gamma V_t+1 - V_t, V behind the last token 0           gae
+    advantages      A_t = sum_l (gamma lam)^l delta_t+l; returns R_t = A_t + V_t           gae
+    PPO-Clip        max E min(rho_t A_t, clip(rho_t, 1 - eps, 1 + eps) A_t)                ppo_clip_loss
+    PPO-Penalty     max E rho_t A_t - c KL(pi_old || pi)                                   ppo_penalty_loss
+    critic          min E max((V - R)^2, (clip(V, V_old -+ eps_v) - R)^2) / 2              value_loss
+    adaptive beta   beta (1 + clip(KL / target - 1, -+0.2) n / horizon)                    adaptive_beta
 
-Sources: [PPO] Schulman et al. 2017, 1707.06347; [GAE] 1506.02438; [Secrets] Zheng et al. 2023, "Secrets of RLHF in
-Large Language Models Part I: PPO", 2307.04964; [N+] Huang et al. 2024, 2403.17031; [KL] Ziegler et al. 2019, 1909.08593.
+Sources: [PPO] Schulman et al. 2017, 1707.06347; [GAE] Schulman et al. 2015, 1506.02438; [Secrets] Zheng et
+al. 2023, "Secrets of RLHF in Large Language Models Part I: PPO", 2307.04964; [N+] Huang et al. 2024,
+2403.17031; [KL] Ziegler et al. 2019, 1909.08593.
 
 The tricks that [Secrets] studies, each a flag; * marks the parts of PPO-max (--preset ppo_max):
      1* reward normalisation and clipping   --normalize_reward --reward_clip
@@ -29,11 +30,12 @@ The tricks that [Secrets] studies, each a flag; * marks the parts of PPO-max (--
     12* small experience buffer             --prompts_per_step
     13  GAE                                 --gamma --lam
 
-Departures: KL(pi_old || pi) is estimated from the sampled tokens, mean of rho - 1 - log rho. Advantages are whitened
-over the rollout. Steps of critic pretraining count as --steps. The ptx term reads demonstrations, not raw text.
+Departures: KL(pi_old || pi) is estimated from the sampled tokens, mean of rho - 1 - log rho. Advantages are
+whitened over the rollout. Steps of critic pretraining count as --steps. The ptx term reads demonstrations,
+not raw text. "objective" is reward - beta KL with --beta also where beta adapts.
 
-Legend: B prompts, K responses to each, N = B * K rows; P prompt length, R response length, V vocabulary. Prompts
-are padded on the left, responses on the right. Masks are boolean, True counts. Log-probs and KL in nats.
+Legend: B prompts, K responses to each, N = B * K rows; P prompt length, R response length. Prompts are padded
+on the left, responses on the right. Masks are boolean, True counts. Log-probs and KL in nats.
 """
 
 import json
@@ -84,8 +86,8 @@ class Args:
     dtype: Literal["float32", "bfloat16"] = flag(
         "float32", "bfloat16: autocast; trained weights stay in float32"
     )
-    learning_rate: float = flag(5e-4, "of the policy; AdamW, constant; 5e-7 for 7B in [Secrets]")
-    critic_learning_rate: float = flag(1e-3, "of the critic; AdamW, constant; 1.65e-6 for 7B in [Secrets]")
+    learning_rate: float = flag(2e-4, "of the policy; AdamW, falls linearly to 0; 5e-7 for 7B in [Secrets]")
+    critic_learning_rate: float = flag(1e-3, "of the critic, falls likewise; 1.65e-6 for 7B in [Secrets]")
     steps: int = flag(120, "rollouts in all; may be raised on --resume")
     prompts_per_step: int = flag(64, "B, prompts per rollout: the experience buffer, better small [Secrets]")
     num_responses: int = flag(2, "K, responses per prompt")
@@ -138,15 +140,26 @@ class Args:
     overwrite: bool = flag(False, "replace the run in output_dir")
 
 
-PRESETS = {"none": {}}
-PRESETS["ppo_max"] = {"normalize_reward": True, "reward_clip": 0.8, "beta": 0.05, "whiten_advantages": False}
-PRESETS["ppo_max"] |= {"critic_init": "reward", "critic_warmup_steps": 20, "value_clip_range": 0.2}
-PRESETS["ppo_max"] |= {"max_grad_norm": 1.0, "prompts_per_step": 64, "ptx_coef": 0.05}
+PRESETS = {
+    "none": {},
+    "ppo_max": {
+        "normalize_reward": True,
+        "reward_clip": 0.8,
+        "beta": 0.05,
+        "critic_init": "reward",
+        "critic_warmup_steps": 20,
+        "value_clip_range": 0.2,
+        "max_grad_norm": 1.0,
+        "prompts_per_step": 64,
+        "ptx_coef": 0.05,
+        "whiten_advantages": False,
+    },
+}
 
 
 # ------------------------------------------------------------------------------------------- the mathematics
 def masked_mean(x, mask):
-    """Mean of x where mask is True; whatever stands elsewhere, nan included, has no influence and no gradient."""
+    """Mean of x where mask is True. What stands elsewhere, be it nan, has no influence and no gradient."""
     return x.masked_fill(~mask, 0.0).sum() / mask.sum()
 
 
@@ -174,10 +187,10 @@ def token_rewards(score, logp_old_tok, logp_ref_tok, response_mask, beta):
 
 @torch.no_grad()
 def gae(reward_tok, value_tok, response_mask, gamma=1.0, lam=0.95):
-    """A_t = sum_l (gamma lam)^l delta_t+l with delta_t = r_t + gamma V_t+1 - V_t, V behind the last token 0 [GAE].
+    """A_t = sum_l (gamma lam)^l delta_t+l, delta_t = r_t + gamma V_t+1 - V_t, V = 0 after the end [GAE].
 
-    All (B, R); responses on the left of their rows. Returns (advantages, returns = A + V), both (B, R), 0 where
-    response_mask is False. lam = 1: returns are the discounted sums of the rewards still to come.
+    All (B, R); responses on the left of their rows. Returns (advantages, returns = A + V), both (B, R), 0
+    outside the mask. lam = 1: returns are the discounted sums of the rewards still to come.
     """
     reward, value = (x.masked_fill(~response_mask, 0.0) for x in (reward_tok, value_tok))
     delta = reward + gamma * torch.nn.functional.pad(value[:, 1:], (0, 1)) - value  # (B, R)
@@ -189,8 +202,10 @@ def gae(reward_tok, value_tok, response_mask, gamma=1.0, lam=0.95):
 
 
 def importance_ratio(logp_new_tok, logp_old_tok, response_mask):
-    """rho_t, 1 outside the mask, and what is worth watching in it: the largest |log rho|, and approx_kl, the mean over
-    tokens of rho - 1 - log rho, an unbiased estimate of KL(pi_old || pi), as tensor. (B, R) -> (B, R), (), stats."""
+    """rho_t = pi(y_t) / pi_old(y_t), (B, R), 1 outside the mask; approx_kl, (); and both in figures to watch.
+
+    approx_kl: mean over tokens of rho - 1 - log rho, unbiased for KL(pi_old || pi), nats per token.
+    """
     log_rho = (logp_new_tok - logp_old_tok).masked_fill(~response_mask, 0.0)
     rho = log_rho.exp()
     approx_kl = masked_mean(rho - 1 - log_rho, response_mask)
@@ -204,11 +219,10 @@ def importance_ratio(logp_new_tok, logp_old_tok, response_mask):
 def ppo_clip_loss(logp_new_tok, logp_old_tok, advantages, response_mask, clip_range=0.2):
     """-E_t min(rho_t A_t, clip(rho_t, 1 - eps, 1 + eps) A_t), mean over response tokens [PPO, eq. 7].
 
-    All (B, R), log-probs in nats. Returns (loss, stats): clip_fraction, the share of tokens whose gradient the clip
-    removed, approx_kl (nats per token, old to new) and log_ratio_max.
+    All (B, R), log-probs in nats. Returns (loss, stats): clip_fraction, the share of tokens whose gradient
+    the clip removed, approx_kl (see importance_ratio) and log_ratio_max, the largest |log rho_t|.
     """
     rho, _, stats = importance_ratio(logp_new_tok, logp_old_tok, response_mask)
-    advantages = advantages.masked_fill(~response_mask, 0.0)
     unclipped, clipped = rho * advantages, rho.clamp(1 - clip_range, 1 + clip_range) * advantages
     stats["clip_fraction"] = masked_mean((clipped < unclipped).float(), response_mask).item()
     return -masked_mean(torch.minimum(unclipped, clipped), response_mask), stats
@@ -217,34 +231,34 @@ def ppo_clip_loss(logp_new_tok, logp_old_tok, advantages, response_mask, clip_ra
 def ppo_penalty_loss(logp_new_tok, logp_old_tok, advantages, response_mask, penalty):
     """-E_t rho_t A_t + penalty KL(pi_old || pi), mean over response tokens [PPO, eq. 8].
 
-    All (B, R), log-probs in nats. The KL is estimated from the sampled tokens, mean of rho - 1 - log rho: unbiased,
-    and so is its gradient. Returns (loss, stats) as ppo_clip_loss, whose clip_fraction is 0 here.
+    All (B, R), log-probs in nats. The KL is approx_kl (see importance_ratio): unbiased, its gradient too.
+    Returns (loss, stats) as ppo_clip_loss does, with a clip_fraction of 0.
     """
     rho, kl, stats = importance_ratio(logp_new_tok, logp_old_tok, response_mask)
-    surrogate = masked_mean(rho * advantages.masked_fill(~response_mask, 0.0), response_mask)
+    surrogate = masked_mean(rho * advantages, response_mask)
     return penalty * kl - surrogate, stats | {"clip_fraction": 0.0}
 
 
 def value_errors(value_new_tok, value_old_tok, returns, response_mask, clip_range=0.2):
-    """Squared errors of the values, free and clipped: (B, R) each, 0 outside the mask."""
-    new, old, returns = (x.masked_fill(~response_mask, 0.0) for x in (value_new_tok, value_old_tok, returns))
+    """Squared errors of the values, free and clipped: (B, R) each."""
+    new, old = value_new_tok.masked_fill(~response_mask, 0.0), value_old_tok
     held = new if clip_range is None else old + (new - old).clamp(-clip_range, clip_range)
     return (new - returns) ** 2, (held - returns) ** 2
 
 
 def value_loss(value_new_tok, value_old_tok, returns, response_mask, clip_range=0.2):
-    """E_t max((V - R)^2, (clip(V, V_old - eps, V_old + eps) - R)^2) / 2, mean over response tokens [Secrets; N+].
+    """E_t max((V - R)^2, (clip(V, V_old - eps, V_old + eps) - R)^2) / 2, mean over response tokens [N+].
 
-    All (B, R). clip_range None: the plain squared error. Returns a scalar.
+    All (B, R). clip_range None: half the plain squared error. Returns a scalar.
     """
     free, held = value_errors(value_new_tok, value_old_tok, returns, response_mask, clip_range)
     return masked_mean(torch.maximum(free, held), response_mask) / 2
 
 
 class RunningNormalizer:
-    """(x - mean) / std, mean and population std of everything seen so far, then clipped to [-clip, clip] [Secrets].
+    """(x - mean) / std, mean and std of everything seen so far, then clipped to [-clip, clip] [Secrets].
 
-    shift_mean=False divides by std only (reward scaling). scale=False leaves both out: clipping alone.
+    std: the population's. shift_mean=False divides by std only: reward scaling. scale=False: clips only.
     """
 
     def __init__(self, shift_mean=True, scale=True, clip=None):
@@ -270,7 +284,7 @@ class RunningNormalizer:
 
 
 def adaptive_beta(beta, kl, target, horizon, n):
-    """beta (1 + clip(KL / target - 1, -0.2, 0.2) n / horizon) after n more responses [KL, sec. 2.2]. KL, target: nats."""
+    """beta (1 + clip(KL / target - 1, -0.2, 0.2) n / horizon) after n responses [KL]; kl, target in nats."""
     return beta * (1 + min(max(kl / target - 1, -0.2), 0.2) * n / horizon)
 
 
@@ -317,7 +331,8 @@ def read_values(model, prompt_ids, prompt_mask, response_ids, response_mask):
     """
     inputs = model_inputs(prompt_ids, prompt_mask, response_ids, response_mask)
     hidden = model.base_model(**inputs, use_cache=False).last_hidden_state  # (B, P + R, D)
-    return model.score(hidden[:, prompt_ids.shape[1] - 1 :]).squeeze(-1).float()
+    hidden = hidden[:, prompt_ids.shape[1] - 1 :].to(model.score.weight.dtype)
+    return model.score(hidden).squeeze(-1).float()
 
 
 def read_score(model, prompt_ids, prompt_mask, response_ids, response_mask):
@@ -382,9 +397,7 @@ def parse_row(row, tokenizer):
             return text, [r[-1]["content"] + "" for r in responses]
         except (KeyError, TypeError, IndexError, TemplateError):
             raise ValueError("not a conversation that the chat template accepts") from None
-    if (
-        prompt is None and "text" not in row
-    ):  # whole dialogues: the last turn of the assistant is the response
+    if prompt is None and "text" not in row:  # whole dialogues: the assistant's last turn is the response
         ends = [r.rfind("\n\nAssistant:") + len("\n\nAssistant:") for r in responses]
         prompt, *others = [r[:end] for r, end in zip(responses, ends)]
         if not prompt.endswith("\n\nAssistant:") or any(other != prompt for other in others):
@@ -401,7 +414,7 @@ def end_of_turn(tokenizer):
 
 
 def encode_row(row, num_responses, tokenizer, chat, eos_id, args):
-    """Texts and token ids of a row. Responses end in EOS or are cut at args.response_length. ValueError: unusable."""
+    """Token ids of a row; responses end in EOS or are cut at --response_length. ValueError: unusable."""
     prompt, responses = parse_row(row, tokenizer)
     prompt_ids = tokenizer(prompt, add_special_tokens=not chat)["input_ids"] or [eos_id]
     if len(prompt_ids) > args.prompt_length:
@@ -418,8 +431,8 @@ def encode_row(row, num_responses, tokenizer, chat, eos_id, args):
 def read_examples(name, splits, num_responses, tokenizer, args, limit=None):
     """([{"prompt": text, "prompt_ids": [...], "response_ids": [[...], ...]}, ...], eos_id of the responses).
 
-    num_responses: 2 for preference pairs (chosen first), 1 for demonstrations, 0 for prompts. Rows that cannot be
-    used are dropped, counted and reported by reason; reading stops at `limit` examples.
+    num_responses: 2 for preference pairs, chosen first; 1 for demonstrations; 0 for prompts. Rows that cannot
+    be used are dropped, counted and reported by reason; reading stops at `limit` examples.
     """
     rows, split = open_split(name, splits)
     usable = [c for c, n in FORMATS if n >= num_responses and (num_responses or c != ("text",))]
@@ -428,11 +441,8 @@ def read_examples(name, splits, num_responses, tokenizer, args, limit=None):
     require(columns, f"data set {name!r} has columns {rows.column_names}", f"expected {expected}")
     rows = rows.select_columns(list(columns))
     chat = len(rows) > 0 and any(isinstance(value, list) for value in rows[0].values())
-    require(
-        not chat or tokenizer.chat_template,
-        f"{name!r} holds conversations",
-        "use a model with a chat template",
-    )
+    todo = "use a model whose tokenizer has a chat template"
+    require(not chat or tokenizer.chat_template, f"{name!r} holds conversations", todo)
     eos_id = end_of_turn(tokenizer) if chat else tokenizer.eos_token_id
     examples, dropped = [], Counter()
     for row in tqdm(rows, f"reading {name}", leave=False, disable=None):
@@ -450,7 +460,7 @@ def read_examples(name, splits, num_responses, tokenizer, args, limit=None):
 
 
 def data_order(num_rows, size, step, seed):
-    """Row numbers of step 1, 2, ...: passes over the data, each shuffled by its own seed: no state to save."""
+    """Row numbers of step 1, 2, ...: passes over the data, each shuffled by a seed: no state to save."""
     places = [divmod(place, num_rows) for place in range((step - 1) * size, step * size)]
     generators = {n: torch.Generator().manual_seed(seed * 10**6 + n) for n, _ in places}
     orders = {n: torch.randperm(num_rows, generator=generators[n]) for n in generators}
@@ -460,9 +470,7 @@ def data_order(num_rows, size, step, seed):
 # ---------------------------------------------------------------------------------------------------- models
 def load_tokenizer(name):
     """The tokenizer of a model; where it has no padding token EOS serves, as masks go by position."""
-    require(
-        is_findable(name), f"model {name!r} does not exist", "run the stage that makes it, or name another"
-    )
+    require(is_findable(name), f"model {name!r} does not exist", "run the stage before, or name another")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:  # missing, broken, unknown: transformers raises many kinds
@@ -474,7 +482,7 @@ def load_tokenizer(name):
 
 
 def load_model(auto_class, name, tokenizer, args, may_miss=(), **config):
-    """A decoder-only model from a folder or the hub. may_miss: weights that may be missing and start at random."""
+    """A decoder-only model from a folder or the hub. may_miss: weights that may be missing: a new head."""
     try:
         options = {"dtype": torch.float32, "output_loading_info": True}
         model, info = auto_class.from_pretrained(name, **options, **config)
@@ -482,10 +490,12 @@ def load_model(auto_class, name, tokenizer, args, may_miss=(), **config):
         wrong = f"cannot load model {name!r} ({first_line(error)})"
         raise RunError(wrong, "name a model's folder or hub id") from None
     kind = "reward model" if "Classification" in auto_class.__name__ else "language model"
-    right = set(info["missing_keys"]) <= set(may_miss) and (
-        may_miss or "score.weight" not in info["unexpected_keys"]
+    missing, unexpected = set(info["missing_keys"]) - set(may_miss), set(info["unexpected_keys"])
+    require(
+        not missing and ("score.weight" not in unexpected or may_miss),
+        f"{name!r} is not a {kind}",
+        f"name a {kind}",
     )
-    require(right, f"{name!r} is not a {kind}", f"name a {kind}")
     return prepare_model(model, name, tokenizer, args)
 
 
@@ -494,15 +504,11 @@ def prepare_model(model, name, tokenizer, args):
 
     Weights stay in float32, where small updates are not rounded away; --dtype bfloat16 is autocast.
     """
-    need, most = (
-        args.prompt_length + args.response_length,
-        getattr(model.config, "max_position_embeddings", None),
-    )
-    require(need <= (most or need), f"{name!r} holds {most} tokens, not {need}", "lower --prompt_length")
-    size = model.get_input_embeddings().num_embeddings
-    require(
-        len(tokenizer) <= size, f"{name!r} embeds {size} of {len(tokenizer)} tokens", "use its own tokenizer"
-    )
+    need = args.prompt_length + args.response_length
+    most = getattr(model.config, "max_position_embeddings", None) or need
+    require(need <= most, f"{name!r} holds {most} tokens, not {need}", "lower --prompt_length")
+    known, size = len(tokenizer), model.get_input_embeddings().num_embeddings
+    require(known <= size, f"{name!r} embeds {size} of {known} tokens", "use its own tokenizer")
     with torch.no_grad():
         first = [model.eval().base_model(torch.tensor([[1, x]])).last_hidden_state[0, 0] for x in (2, 3)]
     require(torch.equal(*first), f"{name!r} sees later tokens", "use a decoder-only model")
@@ -541,17 +547,15 @@ def load_critic(tokenizer, reward_tokenizer, args):
 
 
 def translate(batch, tokenizer, other):
-    """The same prompts and responses in the tokens of another tokenizer."""
-    prompt_ids, prompt_mask, response_ids, response_mask = batch
-    prompts = [tokenizer.decode(ids[mask]) for ids, mask in zip(prompt_ids, prompt_mask)]
-    texts = [
-        tokenizer.decode(ids[mask], skip_special_tokens=True)
-        for ids, mask in zip(response_ids, response_mask)
-    ]
+    """The same prompts and responses in the tokens of another tokenizer, EOS where there was one."""
+    prompts = [tokenizer.decode(ids[mask]) for ids, mask in zip(*batch[:2])]
+    responses = [ids[mask].tolist() for ids, mask in zip(*batch[2:])]
+    texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in responses]
     prompts, texts = (other(x, add_special_tokens=False)["input_ids"] for x in (prompts, texts))
-    padding, eos = (other.pad_token_id, prompt_ids.device), [other.eos_token_id]
+    eos, padding = [other.eos_token_id], (other.pad_token_id, batch[0].device)
+    texts = [new + eos * (ids[-1] in tokenizer.all_special_ids) for new, ids in zip(texts, responses)]
     prompts = pad([ids or eos for ids in prompts], "left", *padding)
-    return *prompts, *pad([ids + eos for ids in texts], "right", *padding)
+    return *prompts, *pad([ids or eos for ids in texts], "right", *padding)
 
 
 # --------------------------------------------------------------------------------------------------- rollout
@@ -574,11 +578,11 @@ def sample_responses(model, prompt_ids, prompt_mask, response_length, temperatur
 
 @torch.no_grad()
 def rollout(models, examples, num_responses, eos_id, tokenizer, args):
-    """K responses to each of B prompts, scored: tensors of N = B * K rows, K to a prompt, and seconds by phase.
+    """K responses to each of B prompts, scored: tensors of N = B * K rows, and seconds by phase.
 
-    models: policy, reference, reward model and its tokenizer (None: the same). score: r(x, y) less the missing-EOS
-    penalty, float64 (N,). logp_old_tok, logp_ref_tok, entropy_tok and kl_tok, the exact KL of the next-token
-    distributions: (N, R), nats. Log-probs come from the forward pass of training, not from the sampler.
+    models: policy, reference, reward model and its tokenizer (None: the same). score: r(x, y) less the
+    missing-EOS penalty, float64 (N,). logp_old_tok, logp_ref_tok, entropy_tok and kl_tok, the exact KL of the
+    next-token distributions: (N, R), nats. Log-probs come from training's forward pass, not from the sampler.
     """
     policy, reference, reward_model, reward_tokenizer = models
     pad_id, start = tokenizer.pad_token_id, time.perf_counter()
@@ -604,9 +608,9 @@ def rollout(models, examples, num_responses, eos_id, tokenizer, args):
 
 
 def rollout_metrics(batch, num_responses, beta):
-    """Means of a rollout. reward, objective (reward - beta kl), kl, kl_exact: per response, in nats where a log is;
-    entropy: nats per token; perplexity under the reference; response_length: tokens; eos_rate;
-    frac_identical_pairs: of the pairs of responses to a prompt."""
+    """Means of a rollout: reward, objective (reward - beta kl), kl and kl_exact (nats) per response; entropy
+    (nats) and perplexity under the reference per token; response_length (tokens); eos_rate;
+    frac_identical_pairs, of the pairs of responses to a prompt."""
     mask, tokens = batch["response_mask"], batch["response_mask"].sum()
     reward, kl = batch["score"].mean(), (batch["logp_old_tok"] - batch["logp_ref_tok"]).sum(1).mean()
     metrics = {"reward": reward, "objective": reward - beta * kl, "kl": kl}
@@ -628,13 +632,13 @@ def printable(text):
 
 
 def cost_metrics(tokens, seconds):
-    """Seconds by phase, response tokens per second of all of them, peak memory (of the GPU, else of the process)."""
+    """Seconds by phase, response tokens per second of them all, peak memory (GPU, else the process)."""
     peak = torch.cuda.max_memory_allocated() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return seconds | {"tokens_per_second": tokens / sum(seconds.values()), "peak_memory_gb": peak / 1e9}
 
 
 def evaluate(step, models, held_out, eos_id, tokenizer, args):
-    """eval_ metrics on held-out prompts, with the same random numbers at every step; texts go to samples.jsonl."""
+    """eval_ metrics on held-out prompts, every time with the same seed; the texts go to samples.jsonl."""
     torch.manual_seed(args.seed * 10**6)
     batch, _ = rollout(models, held_out, 1, eos_id, tokenizer, args)
     kl = (batch["logp_old_tok"] - batch["logp_ref_tok"]).sum(1)
@@ -649,18 +653,17 @@ def evaluate(step, models, held_out, eos_id, tokenizer, args):
 def print_result(args, seconds):
     """The last line: what the policy reached on the held-out prompts, from what, and where it is."""
     rows = [json.loads(line) for line in open(Path(args.output_dir, "metrics.jsonl"))]
-    first, last = [row for row in rows if "eval_reward" in row][:: len(rows) - 1 or 1][0], rows[-1]
-    reached = f"reward {first['eval_reward']:.3f} -> {last['eval_reward']:.3f} at KL {last['eval_kl']:.2f} nats/response"
-    print(
-        f"{args.output_dir}: {reached} on held-out prompts; {last['step']} steps, {seconds / 60:.1f} minutes"
-    )
+    before, after, kl = rows[0]["eval_reward"], rows[-1]["eval_reward"], rows[-1]["eval_kl"]
+    reached = f"reward {before:.3f} -> {after:.3f} at KL {kl:.2f} nats/response on held-out prompts"
+    print(f"{args.output_dir}: {reached}; {rows[-1]['step']} steps, {seconds / 60:.1f} minutes")
 
 
 # ------------------------------------------------- checkpoints and failures (the same bytes in every script)
 ZERO_ALLOWED = ["seed", "eval_every", "save_every", "micro_batch_size", "beta", "reward_shift", "margin"]
 ZERO_ALLOWED += ["missing_eos_penalty", "lm_coef"]
 DATA_FILES = (".json", ".jsonl", ".gz", ".parquet")
-MAY_CHANGE = ["steps", "save_every", "device", "resume", "overwrite"]
+MAY_CHANGE = ["resume", "overwrite", "steps", "save_every", "device"]
+INPUTS = ["model", "reward_model", "dataset"]
 received_signals = []
 
 
@@ -682,7 +685,7 @@ def first_line(error):
 
 
 def is_findable(name):
-    """A path that exists, or what the hub may know: owner/name, not a data file nor a folder that a stage writes."""
+    """A path that exists, or a name for the hub: owner/name, not a data file nor what a stage writes."""
     on_hub = re.fullmatch(r"(?!\.|out/|data/)[\w.-]+(/[\w.-]+)?", name) and not name.endswith(DATA_FILES)
     return Path(name).exists() or bool(on_hub)
 
@@ -692,44 +695,35 @@ def check_args(args):
     for name, value in vars(args).items():
         low = 0 if name in ZERO_ALLOWED else 1 if type(value) is int else 1e-12
         in_range = type(value) not in (int, float) or low <= value <= 1e9
-        require(in_range, f"--{name} {value} is out of range", f"give a number of at least {low}")
+        require(in_range, f"--{name} {value} is out of range", f"give a number from {low} to 1e9")
     if hasattr(args, "minibatch_size"):
         args.micro_batch_size = args.micro_batch_size or args.minibatch_size
         n, m, k = (getattr(args, x, 0) for x in ("prompts_per_step", "minibatch_size", "micro_batch_size"))
         require(n % m == 0, f"--minibatch_size {m} does not divide --prompts_per_step {n}", "give a divisor")
         require(m % k == 0, f"--micro_batch_size {k} does not divide --minibatch_size {m}", "give a divisor")
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        args.device = (
-            ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-        )
         torch.zeros(1, device=args.device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise RunError(
-            f"cannot use --device {args.device} ({first_line(error)})", "give cpu or cuda"
-        ) from None
-    folder = Path(args.output_dir).absolute()
+        wrong = f"cannot use --device {args.device} ({first_line(error)})"
+        raise RunError(wrong, "give cpu or cuda") from None
+    folder, elsewhere = Path(args.output_dir).absolute(), "choose another --output_dir"
     parent = next(path for path in (folder, *folder.parents) if path.exists())
-    require(
-        parent.is_dir() and os.access(parent, os.W_OK),
-        f"{parent} cannot be written",
-        "choose another --output_dir",
-    )
-    inputs = [Path(getattr(args, name, "")).absolute() for name in ("model", "reward_model", "dataset")]
+    require(parent.is_dir() and os.access(parent, os.W_OK), f"{parent} cannot be written", elsewhere)
+    inputs = [Path(getattr(args, name, None) or "").absolute() for name in INPUTS]
     inside = any(folder in (path, *path.parents) for path in inputs)
-    require(not inside, f"--output_dir {folder} holds an input", "choose another --output_dir")
+    require(not inside, f"--output_dir {folder} holds an input", elsewhere)
     if not folder.exists() or not any(folder.iterdir()):
         return
-    require(
-        (folder / "args.json").exists(), f"{folder} holds files but no run", "choose another --output_dir"
-    )
-    todo = "give --resume, --overwrite or another --output_dir"
-    require(args.resume != args.overwrite, f"{folder} already holds a run", todo)
+    require((folder / "args.json").exists(), f"{folder} holds files but no run", elsewhere)
+    require(args.resume or args.overwrite, f"{folder} holds a run", f"--resume, --overwrite or {elsewhere}")
+    require(not (args.resume and args.overwrite), "--resume and --overwrite are opposites", "give one")
     before = json.loads((folder / "args.json").read_text())["args"] if args.resume else vars(args)
     for name in [name for name in vars(args) if name not in MAY_CHANGE]:
         was, now = before.get(name), getattr(args, name)
-        require(
-            was == now, f"--{name} was {was}, now {now}", f"--resume lets only {', '.join(MAY_CHANGE)} change"
-        )
+        todo = f"on --resume only {', '.join(MAY_CHANGE[2:])} may change"
+        require(was == now, f"--{name} was {was} and is now {now}", todo)
 
 
 def open_run(args):
@@ -737,18 +731,17 @@ def open_run(args):
 
     On --resume the logs are cut back to that checkpoint, so that they end up without gaps or repeats.
     """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
     folder = Path(args.output_dir)
     if args.overwrite:
         shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
-    git = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
-    )
+    git = ["git", "-C", str(Path(__file__).absolute().parent), "rev-parse", "HEAD"]
+    commit = shutil.which("git") and subprocess.run(git, capture_output=True, text=True).stdout.strip()
     versions = {name: version(name) for name in ("torch", "transformers", "datasets")}
-    record = {"args": vars(args), "versions": versions, "git_commit": git.stdout.strip() or None}
-    new = Path(
-        f"{folder}.args.json.new"
-    )  # beside the folder: an empty folder or a whole args.json, never half
+    record = {"args": vars(args), "versions": versions, "git_commit": commit or None}
+    new = Path(f"{folder}.args.json")  # beside the folder, which is empty or holds a whole args.json
     new.write_text(json.dumps(record, indent=2))
     os.replace(new, folder / "args.json")
     path, checkpoint = folder / "checkpoint.pt", None
@@ -759,55 +752,61 @@ def open_run(args):
     return checkpoint
 
 
+def on_signal(number, frame):
+    """Lets the step finish and save; the same signal again ends at once."""
+    received_signals.append(number)
+    signal.signal(number, signal.SIG_DFL)
+
+
 def append_jsonl(args, name, row):
     with open(Path(args.output_dir, name), "a") as file:
         file.write(json.dumps(row) + "\n")
 
 
 def save_checkpoint(args, step, models, tokenizer, state):
-    """Writes checkpoint.pt, all that --resume needs, then the models as ordinary folders; beside, moved into place.
+    """Writes checkpoint.pt, all that --resume needs, beside and moves it into place; then exports the models.
 
-    models: {subfolder: model}, "" for the main one. state: what else the script needs, tensors and plain values.
+    models: {subfolder: model}, "" for the main one. state: what else the script needs, tensors and values.
     """
-    folder, new = Path(args.output_dir), Path(args.output_dir, "new")
+    path, new = Path(args.output_dir, "checkpoint.pt"), Path(args.output_dir, "checkpoint.pt.new")
     finite = all(p.isfinite().all() for model in models.values() for p in model.parameters())
     require(finite, f"weights are not finite after step {step}", last_checkpoint(args), 1)
     state = state | {"step": step, "models": {name: model.state_dict() for name, model in models.items()}}
-    state["log_sizes"] = {log.name: log.stat().st_size for log in folder.glob("*.jsonl")}
+    state["log_sizes"] = {log.name: log.stat().st_size for log in path.parent.glob("*.jsonl")}
     try:
-        torch.save(state, folder / "checkpoint.pt.new")
-        os.replace(folder / "checkpoint.pt.new", folder / "checkpoint.pt")
-        for name, model in models.items():
-            model.save_pretrained(new / name)
-            tokenizer.save_pretrained(new / name)
-            (folder / name).mkdir(exist_ok=True)
-        for path in [path for path in new.rglob("*") if path.is_file()]:
-            os.replace(path, folder / path.relative_to(new))
-        shutil.rmtree(new)
+        torch.save(state, new)
+        os.replace(new, path)
+        export_models(args, models, tokenizer)
     except Exception as error:  # a full disk shows as OSError, RuntimeError or SafetensorError
-        wrong, todo = (
-            f"cannot save step {step} ({first_line(error)})",
-            f"make room and --resume; {last_checkpoint(args)}",
-        )
-        (folder / "checkpoint.pt.new").unlink(missing_ok=True)
-        raise RunError(wrong, todo, 1) from None
+        new.unlink(missing_ok=True)
+        todo = f"make room and --resume; {last_checkpoint(args)}"
+        raise RunError(f"cannot save step {step} ({first_line(error)})", todo, 1) from None
+
+
+def export_models(args, models, tokenizer):
+    """Ordinary save_pretrained folders, written beside and moved into place file by file."""
+    new = Path(args.output_dir, "new")
+    for name, model in models.items():
+        model.save_pretrained(new / name)
+        tokenizer.save_pretrained(new / name)
+        Path(args.output_dir, name).mkdir(exist_ok=True)
+    for path in [path for path in new.rglob("*") if path.is_file()]:
+        os.replace(path, Path(args.output_dir, path.relative_to(new)))
+    shutil.rmtree(new)
 
 
 def last_checkpoint(args):
     path = Path(args.output_dir, "checkpoint.pt")
     step = torch.load(path, weights_only=True)["step"] if path.exists() else None
-    return (
-        f"the last good checkpoint is that of step {step} in {path}" if step else "there is no checkpoint yet"
-    )
+    return f"the last good checkpoint is step {step} in {path}" if step else "there is no checkpoint yet"
 
 
 def require_finite(args, step, **values):
     """Stops the run before a bad gradient reaches the weights."""
     for name, value in values.items():
-        todo = (
-            f"lower --learning_rate in a new run; {last_checkpoint(args)}" if not math.isfinite(value) else ""
-        )
-        require(math.isfinite(value), f"{name} is {value} at step {step}", todo, 1)
+        if not math.isfinite(value):
+            todo = f"lower --learning_rate in a new run; {last_checkpoint(args)}"
+            raise RunError(f"{name} is {value} at step {step}", todo, 1)
 
 
 def end_step(args, step, metrics, models, tokenizer, state):
@@ -821,24 +820,16 @@ def end_step(args, step, metrics, models, tokenizer, state):
 
 
 def guard(main, args_class):
-    """Parses the command line and runs main(args). Expected failures become one line; signals save first."""
-
-    def on_signal(number, frame):
-        received_signals.append(number)
-        signal.signal(number, signal.SIG_DFL)  # a second one ends at once
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_signal)
+    """Parses the command line and runs main(args). Expected failures become one line and an exit status."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     parser = HfArgumentParser(args_class, allow_abbrev=False)
     parser.error = lambda message: require(False, message, "see --help")
+    parse = {"look_for_args_file": False, "return_remaining_strings": True}
     try:
-        args, rest = parser.parse_args_into_dataclasses(
-            look_for_args_file=False, return_remaining_strings=True
-        )
-        require(not rest, f"unknown argument {' '.join(rest)}", "see --help")
+        args, unknown = parser.parse_args_into_dataclasses(**parse)
+        require(not unknown, f"unknown argument {' '.join(unknown)}", "see --help")
         return main(args)
     except RunError as error:
         message, status = error, error.status
@@ -846,6 +837,8 @@ def guard(main, args_class):
         message, status = "out of memory; lower --micro_batch_size or lengths, or use --dtype bfloat16", 1
     except OSError as error:
         message, status = f"{first_line(error)}; make room or mend the permissions, then --resume", 1
+    except KeyboardInterrupt:
+        message, status = "interrupted before the first step; nothing was lost", 130
     print(f"error: {message}", file=sys.stderr)
     sys.exit(status)
 
@@ -866,6 +859,7 @@ def apply_preset(args):
 
 
 def check_ppo_args(args):
+    """The preset, then what check_args checks, then what only PPO has."""
     apply_preset(args)
     check_args(args)
     for name in ("gamma", "lam"):
@@ -875,8 +869,10 @@ def check_ppo_args(args):
 
 
 def estimate_advantages(critic, batch, score, beta, args):
-    """Adds value_old_tok, advantages and returns, (N, R), to the batch. Returns their statistics, over tokens and
-    before whitening; explained_variance: the share of the returns' variance that the critic foresaw."""
+    """Adds value_old_tok, advantages and returns, (N, R), to the batch. Returns statistics over its tokens.
+
+    advantage_mean, advantage_std: before whitening. explained_variance: share of the returns' that V foresaw.
+    """
     mask, size = batch["response_mask"], args.micro_batch_size * args.num_responses
     inputs = [batch[x].split(size) for x in ("prompt_ids", "prompt_mask", "response_ids", "response_mask")]
     with torch.no_grad():
@@ -915,7 +911,7 @@ def losses(policy, critic, batch, args):
 
 
 def backward_demonstrations(policy, examples, args):
-    """Adds the gradient of -ptx_coef * E log pi(y_t | x, y_<t), mean over the demonstrations' tokens; returns that E."""
+    """Adds the gradient of -ptx_coef E log pi(y_t | x, y_<t) on demonstrations. Returns E, nats per token."""
     tokens, total = sum(len(e["response_ids"][0]) for e in examples), 0.0
     for first in range(0, len(examples), args.micro_batch_size):
         micro = examples[first : first + args.micro_batch_size]
@@ -960,7 +956,7 @@ def update_models(models, optimizers, batch, prompts, demonstrations, step, args
 
 
 def update_metrics(updates):
-    """Means over the optimizer steps of a rollout, the largest |log rho|, and that of the first step: rho must be 1."""
+    """Means over the optimizer steps of a rollout; the largest |log rho|, and the first, which must be 0."""
     metrics = {name: sum(u[name] for u in updates) / len(updates) for name in updates[0]}
     metrics["log_ratio_max"] = max(u["log_ratio_max"] for u in updates)
     return metrics | {"log_ratio_first": updates[0]["log_ratio_max"]}
@@ -980,9 +976,7 @@ def main(args):
     normalizer = RunningNormalizer(
         args.normalize_reward, args.normalize_reward or args.scale_reward, args.reward_clip
     )
-    offsets = (
-        torch.randn(len(prompts), 1, generator=torch.Generator().manual_seed(0)).double().to(args.device)
-    )
+    offsets = torch.randn(len(prompts), 1, generator=torch.Generator().manual_seed(0)).double()
     settings = {"betas": (0.9, 0.95), "eps": 1e-5, "weight_decay": 0.0}
     trained, rates = (policy, critic), (args.learning_rate, args.critic_learning_rate)
     optimizers = [torch.optim.AdamW(m.parameters(), lr, **settings) for m, lr in zip(trained, rates)]
@@ -995,20 +989,24 @@ def main(args):
         for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
             optimizer.load_state_dict(state)
         normalizer.load_state_dict(checkpoint["normalizer"])
+        export_models(args, {"": policy, "critic": critic}, tokenizer)  # in case a kill cut that short
     else:
         metrics = evaluate(0, models, held_out, eos_id, tokenizer, args)
         append_jsonl(args, "metrics.jsonl", {"step": 0} | metrics)
 
     for step in tqdm(range(done + 1, args.steps + 1), "ppo", args.steps, initial=done, disable=None):
         torch.manual_seed(args.seed * 10**6 + step)  # every step draws afresh: no random state to save
+        for optimizer, rate in zip(optimizers, rates):
+            optimizer.param_groups[0]["lr"] = rate * (1 - (step - 1) / args.steps)
         # 1. Sample a batch of prompts and K responses to each from pi_old; score them with the reward model.
         rows = data_order(len(prompts), args.prompts_per_step, step, args.seed)
         batch, seconds = rollout(models, [prompts[row] for row in rows], K, eos_id, tokenizer, args)
         clock = time.perf_counter()
         # 2. Token rewards from the (normalised) scores and the KL; values; advantages and returns.
-        score = normalizer((batch["score"].view(-1, K) + args.reward_shift * offsets[rows]).flatten())  # (N,)
+        score = batch["score"].view(-1, K) + args.reward_shift * offsets[rows].to(args.device)
         metrics = rollout_metrics(batch, K, args.beta)
-        metrics |= {"beta": beta} | estimate_advantages(critic, batch, score, beta, args)
+        metrics |= {"beta": beta}
+        metrics |= estimate_advantages(critic, batch, normalizer(score.flatten()), beta, args)
         # 3. Climb the PPO objective and fit the critic to the returns: epochs of minibatches.
         updates = []
         for _ in range(args.epochs):

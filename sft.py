@@ -150,9 +150,7 @@ def parse_row(row, tokenizer):
             return text, [r[-1]["content"] + "" for r in responses]
         except (KeyError, TypeError, IndexError, TemplateError):
             raise ValueError("not a conversation that the chat template accepts") from None
-    if (
-        prompt is None and "text" not in row
-    ):  # whole dialogues: the last turn of the assistant is the response
+    if prompt is None and "text" not in row:  # whole dialogues: the assistant's last turn is the response
         ends = [r.rfind("\n\nAssistant:") + len("\n\nAssistant:") for r in responses]
         prompt, *others = [r[:end] for r, end in zip(responses, ends)]
         if not prompt.endswith("\n\nAssistant:") or any(other != prompt for other in others):
@@ -169,7 +167,7 @@ def end_of_turn(tokenizer):
 
 
 def encode_row(row, num_responses, tokenizer, chat, eos_id, args):
-    """Texts and token ids of a row. Responses end in EOS or are cut at args.response_length. ValueError: unusable."""
+    """Token ids of a row; responses end in EOS or are cut at --response_length. ValueError: unusable."""
     prompt, responses = parse_row(row, tokenizer)
     prompt_ids = tokenizer(prompt, add_special_tokens=not chat)["input_ids"] or [eos_id]
     if len(prompt_ids) > args.prompt_length:
@@ -186,8 +184,8 @@ def encode_row(row, num_responses, tokenizer, chat, eos_id, args):
 def read_examples(name, splits, num_responses, tokenizer, args, limit=None):
     """([{"prompt": text, "prompt_ids": [...], "response_ids": [[...], ...]}, ...], eos_id of the responses).
 
-    num_responses: 2 for preference pairs (chosen first), 1 for demonstrations, 0 for prompts. Rows that cannot be
-    used are dropped, counted and reported by reason; reading stops at `limit` examples.
+    num_responses: 2 for preference pairs, chosen first; 1 for demonstrations; 0 for prompts. Rows that cannot
+    be used are dropped, counted and reported by reason; reading stops at `limit` examples.
     """
     rows, split = open_split(name, splits)
     usable = [c for c, n in FORMATS if n >= num_responses and (num_responses or c != ("text",))]
@@ -196,11 +194,8 @@ def read_examples(name, splits, num_responses, tokenizer, args, limit=None):
     require(columns, f"data set {name!r} has columns {rows.column_names}", f"expected {expected}")
     rows = rows.select_columns(list(columns))
     chat = len(rows) > 0 and any(isinstance(value, list) for value in rows[0].values())
-    require(
-        not chat or tokenizer.chat_template,
-        f"{name!r} holds conversations",
-        "use a model with a chat template",
-    )
+    todo = "use a model whose tokenizer has a chat template"
+    require(not chat or tokenizer.chat_template, f"{name!r} holds conversations", todo)
     eos_id = end_of_turn(tokenizer) if chat else tokenizer.eos_token_id
     examples, dropped = [], Counter()
     for row in tqdm(rows, f"reading {name}", leave=False, disable=None):
@@ -218,7 +213,7 @@ def read_examples(name, splits, num_responses, tokenizer, args, limit=None):
 
 
 def data_order(num_rows, size, step, seed):
-    """Row numbers of step 1, 2, ...: passes over the data, each shuffled by its own seed: no state to save."""
+    """Row numbers of step 1, 2, ...: passes over the data, each shuffled by a seed: no state to save."""
     places = [divmod(place, num_rows) for place in range((step - 1) * size, step * size)]
     generators = {n: torch.Generator().manual_seed(seed * 10**6 + n) for n, _ in places}
     orders = {n: torch.randperm(num_rows, generator=generators[n]) for n in generators}
@@ -228,9 +223,7 @@ def data_order(num_rows, size, step, seed):
 # ---------------------------------------------------------------------------------------------------- models
 def load_tokenizer(name):
     """The tokenizer of a model; where it has no padding token EOS serves, as masks go by position."""
-    require(
-        is_findable(name), f"model {name!r} does not exist", "run the stage that makes it, or name another"
-    )
+    require(is_findable(name), f"model {name!r} does not exist", "run the stage before, or name another")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:  # missing, broken, unknown: transformers raises many kinds
@@ -242,7 +235,7 @@ def load_tokenizer(name):
 
 
 def load_model(auto_class, name, tokenizer, args, may_miss=(), **config):
-    """A decoder-only model from a folder or the hub. may_miss: weights that may be missing and start at random."""
+    """A decoder-only model from a folder or the hub. may_miss: weights that may be missing: a new head."""
     try:
         options = {"dtype": torch.float32, "output_loading_info": True}
         model, info = auto_class.from_pretrained(name, **options, **config)
@@ -250,10 +243,12 @@ def load_model(auto_class, name, tokenizer, args, may_miss=(), **config):
         wrong = f"cannot load model {name!r} ({first_line(error)})"
         raise RunError(wrong, "name a model's folder or hub id") from None
     kind = "reward model" if "Classification" in auto_class.__name__ else "language model"
-    right = set(info["missing_keys"]) <= set(may_miss) and (
-        may_miss or "score.weight" not in info["unexpected_keys"]
+    missing, unexpected = set(info["missing_keys"]) - set(may_miss), set(info["unexpected_keys"])
+    require(
+        not missing and ("score.weight" not in unexpected or may_miss),
+        f"{name!r} is not a {kind}",
+        f"name a {kind}",
     )
-    require(right, f"{name!r} is not a {kind}", f"name a {kind}")
     return prepare_model(model, name, tokenizer, args)
 
 
@@ -262,15 +257,11 @@ def prepare_model(model, name, tokenizer, args):
 
     Weights stay in float32, where small updates are not rounded away; --dtype bfloat16 is autocast.
     """
-    need, most = (
-        args.prompt_length + args.response_length,
-        getattr(model.config, "max_position_embeddings", None),
-    )
-    require(need <= (most or need), f"{name!r} holds {most} tokens, not {need}", "lower --prompt_length")
-    size = model.get_input_embeddings().num_embeddings
-    require(
-        len(tokenizer) <= size, f"{name!r} embeds {size} of {len(tokenizer)} tokens", "use its own tokenizer"
-    )
+    need = args.prompt_length + args.response_length
+    most = getattr(model.config, "max_position_embeddings", None) or need
+    require(need <= most, f"{name!r} holds {most} tokens, not {need}", "lower --prompt_length")
+    known, size = len(tokenizer), model.get_input_embeddings().num_embeddings
+    require(known <= size, f"{name!r} embeds {size} of {known} tokens", "use its own tokenizer")
     with torch.no_grad():
         first = [model.eval().base_model(torch.tensor([[1, x]])).last_hidden_state[0, 0] for x in (2, 3)]
     require(torch.equal(*first), f"{name!r} sees later tokens", "use a decoder-only model")
@@ -319,7 +310,7 @@ def printable(text):
 
 
 def cost_metrics(tokens, seconds):
-    """Seconds by phase, response tokens per second of all of them, peak memory (of the GPU, else of the process)."""
+    """Seconds by phase, response tokens per second of them all, peak memory (GPU, else the process)."""
     peak = torch.cuda.max_memory_allocated() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return seconds | {"tokens_per_second": tokens / sum(seconds.values()), "peak_memory_gb": peak / 1e9}
 
@@ -328,7 +319,8 @@ def cost_metrics(tokens, seconds):
 ZERO_ALLOWED = ["seed", "eval_every", "save_every", "micro_batch_size", "beta", "reward_shift", "margin"]
 ZERO_ALLOWED += ["missing_eos_penalty", "lm_coef"]
 DATA_FILES = (".json", ".jsonl", ".gz", ".parquet")
-MAY_CHANGE = ["steps", "save_every", "device", "resume", "overwrite"]
+MAY_CHANGE = ["resume", "overwrite", "steps", "save_every", "device"]
+INPUTS = ["model", "reward_model", "dataset"]
 received_signals = []
 
 
@@ -350,7 +342,7 @@ def first_line(error):
 
 
 def is_findable(name):
-    """A path that exists, or what the hub may know: owner/name, not a data file nor a folder that a stage writes."""
+    """A path that exists, or a name for the hub: owner/name, not a data file nor what a stage writes."""
     on_hub = re.fullmatch(r"(?!\.|out/|data/)[\w.-]+(/[\w.-]+)?", name) and not name.endswith(DATA_FILES)
     return Path(name).exists() or bool(on_hub)
 
@@ -360,44 +352,35 @@ def check_args(args):
     for name, value in vars(args).items():
         low = 0 if name in ZERO_ALLOWED else 1 if type(value) is int else 1e-12
         in_range = type(value) not in (int, float) or low <= value <= 1e9
-        require(in_range, f"--{name} {value} is out of range", f"give a number of at least {low}")
+        require(in_range, f"--{name} {value} is out of range", f"give a number from {low} to 1e9")
     if hasattr(args, "minibatch_size"):
         args.micro_batch_size = args.micro_batch_size or args.minibatch_size
         n, m, k = (getattr(args, x, 0) for x in ("prompts_per_step", "minibatch_size", "micro_batch_size"))
         require(n % m == 0, f"--minibatch_size {m} does not divide --prompts_per_step {n}", "give a divisor")
         require(m % k == 0, f"--micro_batch_size {k} does not divide --minibatch_size {m}", "give a divisor")
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        args.device = (
-            ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-        )
         torch.zeros(1, device=args.device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise RunError(
-            f"cannot use --device {args.device} ({first_line(error)})", "give cpu or cuda"
-        ) from None
-    folder = Path(args.output_dir).absolute()
+        wrong = f"cannot use --device {args.device} ({first_line(error)})"
+        raise RunError(wrong, "give cpu or cuda") from None
+    folder, elsewhere = Path(args.output_dir).absolute(), "choose another --output_dir"
     parent = next(path for path in (folder, *folder.parents) if path.exists())
-    require(
-        parent.is_dir() and os.access(parent, os.W_OK),
-        f"{parent} cannot be written",
-        "choose another --output_dir",
-    )
-    inputs = [Path(getattr(args, name, "")).absolute() for name in ("model", "reward_model", "dataset")]
+    require(parent.is_dir() and os.access(parent, os.W_OK), f"{parent} cannot be written", elsewhere)
+    inputs = [Path(getattr(args, name, None) or "").absolute() for name in INPUTS]
     inside = any(folder in (path, *path.parents) for path in inputs)
-    require(not inside, f"--output_dir {folder} holds an input", "choose another --output_dir")
+    require(not inside, f"--output_dir {folder} holds an input", elsewhere)
     if not folder.exists() or not any(folder.iterdir()):
         return
-    require(
-        (folder / "args.json").exists(), f"{folder} holds files but no run", "choose another --output_dir"
-    )
-    todo = "give --resume, --overwrite or another --output_dir"
-    require(args.resume != args.overwrite, f"{folder} already holds a run", todo)
+    require((folder / "args.json").exists(), f"{folder} holds files but no run", elsewhere)
+    require(args.resume or args.overwrite, f"{folder} holds a run", f"--resume, --overwrite or {elsewhere}")
+    require(not (args.resume and args.overwrite), "--resume and --overwrite are opposites", "give one")
     before = json.loads((folder / "args.json").read_text())["args"] if args.resume else vars(args)
     for name in [name for name in vars(args) if name not in MAY_CHANGE]:
         was, now = before.get(name), getattr(args, name)
-        require(
-            was == now, f"--{name} was {was}, now {now}", f"--resume lets only {', '.join(MAY_CHANGE)} change"
-        )
+        todo = f"on --resume only {', '.join(MAY_CHANGE[2:])} may change"
+        require(was == now, f"--{name} was {was} and is now {now}", todo)
 
 
 def open_run(args):
@@ -405,18 +388,17 @@ def open_run(args):
 
     On --resume the logs are cut back to that checkpoint, so that they end up without gaps or repeats.
     """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
     folder = Path(args.output_dir)
     if args.overwrite:
         shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
-    git = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
-    )
+    git = ["git", "-C", str(Path(__file__).absolute().parent), "rev-parse", "HEAD"]
+    commit = shutil.which("git") and subprocess.run(git, capture_output=True, text=True).stdout.strip()
     versions = {name: version(name) for name in ("torch", "transformers", "datasets")}
-    record = {"args": vars(args), "versions": versions, "git_commit": git.stdout.strip() or None}
-    new = Path(
-        f"{folder}.args.json.new"
-    )  # beside the folder: an empty folder or a whole args.json, never half
+    record = {"args": vars(args), "versions": versions, "git_commit": commit or None}
+    new = Path(f"{folder}.args.json")  # beside the folder, which is empty or holds a whole args.json
     new.write_text(json.dumps(record, indent=2))
     os.replace(new, folder / "args.json")
     path, checkpoint = folder / "checkpoint.pt", None
@@ -427,55 +409,61 @@ def open_run(args):
     return checkpoint
 
 
+def on_signal(number, frame):
+    """Lets the step finish and save; the same signal again ends at once."""
+    received_signals.append(number)
+    signal.signal(number, signal.SIG_DFL)
+
+
 def append_jsonl(args, name, row):
     with open(Path(args.output_dir, name), "a") as file:
         file.write(json.dumps(row) + "\n")
 
 
 def save_checkpoint(args, step, models, tokenizer, state):
-    """Writes checkpoint.pt, all that --resume needs, then the models as ordinary folders; beside, moved into place.
+    """Writes checkpoint.pt, all that --resume needs, beside and moves it into place; then exports the models.
 
-    models: {subfolder: model}, "" for the main one. state: what else the script needs, tensors and plain values.
+    models: {subfolder: model}, "" for the main one. state: what else the script needs, tensors and values.
     """
-    folder, new = Path(args.output_dir), Path(args.output_dir, "new")
+    path, new = Path(args.output_dir, "checkpoint.pt"), Path(args.output_dir, "checkpoint.pt.new")
     finite = all(p.isfinite().all() for model in models.values() for p in model.parameters())
     require(finite, f"weights are not finite after step {step}", last_checkpoint(args), 1)
     state = state | {"step": step, "models": {name: model.state_dict() for name, model in models.items()}}
-    state["log_sizes"] = {log.name: log.stat().st_size for log in folder.glob("*.jsonl")}
+    state["log_sizes"] = {log.name: log.stat().st_size for log in path.parent.glob("*.jsonl")}
     try:
-        torch.save(state, folder / "checkpoint.pt.new")
-        os.replace(folder / "checkpoint.pt.new", folder / "checkpoint.pt")
-        for name, model in models.items():
-            model.save_pretrained(new / name)
-            tokenizer.save_pretrained(new / name)
-            (folder / name).mkdir(exist_ok=True)
-        for path in [path for path in new.rglob("*") if path.is_file()]:
-            os.replace(path, folder / path.relative_to(new))
-        shutil.rmtree(new)
+        torch.save(state, new)
+        os.replace(new, path)
+        export_models(args, models, tokenizer)
     except Exception as error:  # a full disk shows as OSError, RuntimeError or SafetensorError
-        wrong, todo = (
-            f"cannot save step {step} ({first_line(error)})",
-            f"make room and --resume; {last_checkpoint(args)}",
-        )
-        (folder / "checkpoint.pt.new").unlink(missing_ok=True)
-        raise RunError(wrong, todo, 1) from None
+        new.unlink(missing_ok=True)
+        todo = f"make room and --resume; {last_checkpoint(args)}"
+        raise RunError(f"cannot save step {step} ({first_line(error)})", todo, 1) from None
+
+
+def export_models(args, models, tokenizer):
+    """Ordinary save_pretrained folders, written beside and moved into place file by file."""
+    new = Path(args.output_dir, "new")
+    for name, model in models.items():
+        model.save_pretrained(new / name)
+        tokenizer.save_pretrained(new / name)
+        Path(args.output_dir, name).mkdir(exist_ok=True)
+    for path in [path for path in new.rglob("*") if path.is_file()]:
+        os.replace(path, Path(args.output_dir, path.relative_to(new)))
+    shutil.rmtree(new)
 
 
 def last_checkpoint(args):
     path = Path(args.output_dir, "checkpoint.pt")
     step = torch.load(path, weights_only=True)["step"] if path.exists() else None
-    return (
-        f"the last good checkpoint is that of step {step} in {path}" if step else "there is no checkpoint yet"
-    )
+    return f"the last good checkpoint is step {step} in {path}" if step else "there is no checkpoint yet"
 
 
 def require_finite(args, step, **values):
     """Stops the run before a bad gradient reaches the weights."""
     for name, value in values.items():
-        todo = (
-            f"lower --learning_rate in a new run; {last_checkpoint(args)}" if not math.isfinite(value) else ""
-        )
-        require(math.isfinite(value), f"{name} is {value} at step {step}", todo, 1)
+        if not math.isfinite(value):
+            todo = f"lower --learning_rate in a new run; {last_checkpoint(args)}"
+            raise RunError(f"{name} is {value} at step {step}", todo, 1)
 
 
 def end_step(args, step, metrics, models, tokenizer, state):
@@ -489,24 +477,16 @@ def end_step(args, step, metrics, models, tokenizer, state):
 
 
 def guard(main, args_class):
-    """Parses the command line and runs main(args). Expected failures become one line; signals save first."""
-
-    def on_signal(number, frame):
-        received_signals.append(number)
-        signal.signal(number, signal.SIG_DFL)  # a second one ends at once
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_signal)
+    """Parses the command line and runs main(args). Expected failures become one line and an exit status."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     parser = HfArgumentParser(args_class, allow_abbrev=False)
     parser.error = lambda message: require(False, message, "see --help")
+    parse = {"look_for_args_file": False, "return_remaining_strings": True}
     try:
-        args, rest = parser.parse_args_into_dataclasses(
-            look_for_args_file=False, return_remaining_strings=True
-        )
-        require(not rest, f"unknown argument {' '.join(rest)}", "see --help")
+        args, unknown = parser.parse_args_into_dataclasses(**parse)
+        require(not unknown, f"unknown argument {' '.join(unknown)}", "see --help")
         return main(args)
     except RunError as error:
         message, status = error, error.status
@@ -514,6 +494,8 @@ def guard(main, args_class):
         message, status = "out of memory; lower --micro_batch_size or lengths, or use --dtype bfloat16", 1
     except OSError as error:
         message, status = f"{first_line(error)}; make room or mend the permissions, then --resume", 1
+    except KeyboardInterrupt:
+        message, status = "interrupted before the first step; nothing was lost", 130
     print(f"error: {message}", file=sys.stderr)
     sys.exit(status)
 
@@ -563,6 +545,7 @@ def main(args):
     if checkpoint:
         model.load_state_dict(checkpoint["models"][""])
         optimizer.load_state_dict(checkpoint["optimizer"])
+        export_models(args, {"": model}, tokenizer)  # in case the run was killed while it did so
     else:
         append_jsonl(args, "metrics.jsonl", {"step": 0} | held_out_metrics(model, held_out, pad_id, args))
 

@@ -1,0 +1,419 @@
+"""dpo.py: its loss against oracles that share no code with it, its batches, and short runs on the toy data.
+
+The oracles are loops over plain Python floats with central differences, the closed-form optimum of a language
+model whose responses can be enumerated, and one unpadded forward pass per response. Legend as in dpo.py.
+"""
+
+import itertools
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import run_script
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+import dpo
+
+BETA = 0.3
+
+
+def draw(B=12, seed=0, dtype=torch.float64):
+    """Random (logp_chosen, logp_rejected, ref_chosen, ref_rejected), each (B,), a few nats apart."""
+    generator = torch.Generator().manual_seed(seed)
+    ref = -5 - 10 * torch.rand(2, B, generator=generator, dtype=torch.float64)
+    logp = ref + 3 * torch.randn(2, B, generator=generator, dtype=torch.float64)
+    return [x.to(dtype) for x in (*logp, *ref)]
+
+
+def naive_loss(chosen, rejected, ref_chosen, ref_rejected, beta):
+    """Mean of -log(1 / (1 + exp(-beta * difference of log ratios))) over lists of floats."""
+    losses = []
+    for w, y, ref_w, ref_y in zip(chosen, rejected, ref_chosen, ref_rejected, strict=True):
+        losses.append(-math.log(1 / (1 + math.exp(-beta * ((w - ref_w) - (y - ref_y))))))
+    return sum(losses) / len(losses)
+
+
+def loss_and_grads(logps, beta=BETA):
+    """The loss, and its gradients in the policy's log-probs of the chosen and the rejected responses."""
+    leaves = [x.detach().clone().requires_grad_() for x in logps[:2]]
+    loss, _ = dpo.dpo_loss(*leaves, *logps[2:], beta)
+    return loss.detach(), *torch.autograd.grad(loss, leaves)
+
+
+# -------------------------------------------------------------------------------------------------- the loss
+
+
+@pytest.mark.parametrize("beta", [0.05, 0.3, 2.0])
+def test_loss_and_gradient_against_naive_loops(beta):
+    logps, step = draw(), 1e-5
+    loss, *grads = loss_and_grads(logps, beta)
+    lists = [x.tolist() for x in logps]
+    assert loss.shape == () and loss.dtype == torch.float64
+    assert loss.item() == pytest.approx(naive_loss(*lists, beta), rel=1e-12)
+    for side, b in itertools.product(range(2), range(len(logps[0]))):
+        up, down = ([list(x) for x in lists] for _ in range(2))
+        up[side][b] += step
+        down[side][b] -= step
+        slope = (naive_loss(*up, beta) - naive_loss(*down, beta)) / (2 * step)
+        assert grads[side][b].item() == pytest.approx(slope, abs=1e-9)
+
+
+def test_stats_against_naive_loops():
+    logps = draw()
+    _, stats = dpo.dpo_loss(*logps, BETA)
+    implicit = [[BETA * (a - b) for a, b in zip(logps[s].tolist(), logps[s + 2].tolist())] for s in (0, 1)]
+    margins = [w - rejected for w, rejected in zip(*implicit)]
+    expected = {
+        "accuracy": sum(m > 0 for m in margins) / len(margins),
+        "margin": sum(margins) / len(margins),
+        "implicit_reward_chosen": sum(implicit[0]) / len(margins),
+        "implicit_reward_rejected": sum(implicit[1]) / len(margins),
+        "logp_chosen": sum(logps[0].tolist()) / len(margins),
+        "logp_rejected": sum(logps[1].tolist()) / len(margins),
+    }
+    assert stats == pytest.approx(expected, rel=1e-12)
+    assert all(type(value) is float for value in stats.values())
+    assert 0 < stats["accuracy"] < 1, "both kinds of pairs must occur"
+
+
+def test_at_the_reference():
+    """Loss log 2, no opinion, and the gradient -beta/2 (grad log pi(y_w) - grad log pi(y_l))."""
+    _, _, *ref = draw(B=8)
+    loss, grad_chosen, grad_rejected = loss_and_grads([*ref, *ref])
+    assert loss.item() == pytest.approx(math.log(2), rel=1e-15)
+    assert grad_chosen.tolist() == pytest.approx([-BETA / 2 / 8] * 8, rel=1e-12)
+    assert grad_rejected.tolist() == pytest.approx([BETA / 2 / 8] * 8, rel=1e-12)
+    stats = dpo.dpo_loss(*ref, *ref, BETA)[1]
+    assert (stats["accuracy"], stats["margin"], stats["implicit_reward_chosen"]) == (0.5, 0, 0)
+
+
+def test_a_step_raises_the_chosen_response_and_lowers_the_rejected():
+    logits = torch.randn(5, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
+    before = logits.log_softmax(-1)
+    loss, _ = dpo.dpo_loss(before[[3]], before[[1]], before[[3]].detach(), before[[1]].detach(), BETA)
+    after = (logits - 0.01 * torch.autograd.grad(loss, logits)[0]).log_softmax(-1)
+    assert after[3] > before[3] and after[1] < before[1]
+
+
+def test_confident_pairs_weigh_less():
+    """The weight of a pair is sigmoid(-margin): right and sure, next to 0; wrong and sure, 1."""
+    zero, ratio = torch.zeros(3, dtype=torch.float64), torch.tensor([40.0, 0.0, -40.0], dtype=torch.float64)
+    _, grad, _ = loss_and_grads([ratio, zero, zero, zero], beta=1.0)
+    assert (-3 * grad).tolist() == pytest.approx([math.exp(-40), 0.5, 1.0], rel=1e-12)
+
+
+@pytest.mark.parametrize("scale", [1, 100])
+def test_an_offset_per_prompt_changes_no_bit(scale):
+    """log pi or log pi_SFT + delta(x) on both responses; multiples of 1/8 add without rounding in float32."""
+    generator = torch.Generator().manual_seed(1)
+    logps = list(torch.randint(-800, 0, (4, 4096), generator=generator) / 8)
+    delta = torch.randint(-8 * scale, 8 * scale, (2, 4096), generator=generator) / 8
+    shifted = [logps[0] + delta[0], logps[1] + delta[0], logps[2] + delta[1], logps[3] + delta[1]]
+    for plain, moved in zip(loss_and_grads(logps, 0.25), loss_and_grads(shifted, 0.25), strict=True):
+        assert torch.equal(plain, moved)
+
+
+def test_swapping_the_responses_turns_the_margin():
+    chosen, rejected, ref_chosen, ref_rejected = draw()
+    loss, stats = dpo.dpo_loss(chosen, rejected, ref_chosen, ref_rejected, BETA)
+    swapped, turned = dpo.dpo_loss(rejected, chosen, ref_rejected, ref_chosen, BETA)
+    assert turned["margin"] == pytest.approx(-stats["margin"], rel=1e-12)
+    assert turned["accuracy"] == pytest.approx(1 - stats["accuracy"], rel=1e-12)
+    assert (swapped - loss).item() == pytest.approx(stats["margin"], rel=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("ratio, loss_expected, slope", [(1e4, 0.0, 0.0), (-1e4, 1e4, -1.0)])
+def test_extreme_ratios_stay_finite(ratio, loss_expected, slope, dtype):
+    ref = torch.full((2,), -1e4, dtype=dtype)
+    loss, grad_chosen, grad_rejected = loss_and_grads([ref + ratio / 2, ref - ratio / 2, ref, ref], beta=1.0)
+    assert loss.item() == pytest.approx(loss_expected, rel=1e-6)
+    assert grad_chosen.tolist() == pytest.approx([slope / 2] * 2, rel=1e-6)
+    assert grad_rejected.tolist() == pytest.approx([-slope / 2] * 2, rel=1e-6)
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_shapes_that_would_broadcast_are_refused(place):
+    logps = draw(B=4)
+    logps[place] = logps[place][:, None]
+    with pytest.raises(ValueError, match="shape"):
+        dpo.dpo_loss(*logps, BETA)
+
+
+@pytest.mark.parametrize("beta", [0.2, 1.0])
+def test_population_loss_is_least_at_the_gibbs_optimum(beta):
+    """All pairs of 8 responses, Bradley-Terry labels from a reward r: least at pi_ref exp(r / beta) / Z."""
+    generator = torch.Generator().manual_seed(3)
+    reward = torch.randn(8, generator=generator, dtype=torch.float64)
+    logp_ref = torch.randn(8, generator=generator, dtype=torch.float64).log_softmax(-1)
+    chosen, rejected = torch.tensor(list(itertools.permutations(range(8), 2))).T
+    prevalence = 1 / (
+        1 + torch.exp(reward[rejected] - reward[chosen])
+    )  # how often the pair comes this way round
+    logits = logp_ref.clone().requires_grad_()
+    for _ in range(300):
+        logp = logits.log_softmax(-1)
+        _, *grads = loss_and_grads(
+            [*(x[side] for x in (logp, logp_ref) for side in (chosen, rejected))], beta
+        )
+        surrogate = sum((prevalence * g * logp[side]).sum() for g, side in zip(grads, (chosen, rejected)))
+        gradient = torch.autograd.grad(surrogate, logits)[0]
+        logits = (logits - 25 / beta**2 * gradient).detach().requires_grad_()
+    assert gradient.abs().max() < 1e-10, "not converged"
+    optimum = (logp_ref + reward / beta).log_softmax(-1)
+    assert (optimum - logp_ref).abs().max() > 0.5, "the optimum must lie away from the reference"
+    torch.testing.assert_close(logits.detach().log_softmax(-1), optimum, rtol=0, atol=1e-8)
+
+
+# ----------------------------------------------------------------------------------------- pairs and batches
+
+
+def small_model(seed):
+    torch.manual_seed(seed)
+    config = GPT2Config(vocab_size=20, n_positions=32, n_embd=16, n_layer=2, n_head=2, initializer_range=0.3)
+    return GPT2LMHeadModel(config).eval()
+
+
+def random_examples(B, seed=0):
+    """Preference pairs of random tokens, of all lengths."""
+    torch.manual_seed(seed)
+    tokens = [torch.randint(0, 20, (n,)).tolist() for n in torch.randint(2, 9, (3 * B,))]
+    return [{"prompt_ids": tokens[b], "response_ids": tokens[B + b :: B]} for b in range(B)]
+
+
+def batch_args(micro_batch_size, **more):
+    numbers = {"temperature": 0.7, "beta": BETA, "max_grad_norm": 1e9, "output_dir": "nowhere"} | more
+    return SimpleNamespace(device="cpu", micro_batch_size=micro_batch_size, **numbers)
+
+
+def lone_logp(model, prompt, response, temperature):
+    """log pi(y|x) from a forward pass of this one text, unpadded, token by token."""
+    logits = model(torch.tensor([prompt + response])).logits[0]
+    steps = range(len(prompt), len(prompt) + len(response))
+    return sum((logits[t - 1] / temperature).log_softmax(-1)[(prompt + response)[t]] for t in steps)
+
+
+def naive_gradient(policy, reference, examples, args):
+    """Mean loss of the pairs and its gradient, one text at a time."""
+    losses = []
+    for e in examples:
+        ratio = [
+            lone_logp(policy, e["prompt_ids"], y, args.temperature)
+            - lone_logp(reference, e["prompt_ids"], y, args.temperature).detach()
+            for y in e["response_ids"]
+        ]
+        losses.append(torch.log1p(torch.exp(-args.beta * (ratio[0] - ratio[1]))))
+    loss = sum(losses) / len(losses)
+    return loss.item(), torch.autograd.grad(loss, list(policy.parameters()))
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 4, 5])  # of 5 pairs: 4 leaves a short last one
+def test_micro_batches_add_up_to_the_gradient_of_the_pairs(micro_batch_size):
+    policy, reference, examples, args = small_model(1), small_model(2), random_examples(8), batch_args(2)
+    batch, seconds = dpo.read_pairs(reference, examples, 0, args)
+    args, pairs = batch_args(micro_batch_size), torch.tensor([6, 1, 7, 0, 3])
+    loss, expected = naive_gradient(policy, reference, [examples[p] for p in pairs], args)
+    before = [p.detach().clone() for p in policy.parameters()]
+    optimizer = torch.optim.SGD(policy.parameters(), lr=0.1)  # its step shows the gradient
+    metrics = dpo.update_on_pairs(policy, optimizer, batch, pairs, 1, args)
+    assert set(seconds) == {"seconds_score"}
+    assert metrics["loss"] == pytest.approx(loss, rel=1e-5)
+    for was, now, grad in zip(before, policy.parameters(), expected, strict=True):
+        torch.testing.assert_close((was - now.detach()) / 0.1, grad, rtol=1e-4, atol=2e-5)
+    norm = math.sqrt(sum(g.square().sum().item() for g in expected))
+    assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-4)
+    assert not any(p.requires_grad and p.grad is not None for p in policy.parameters()), "gradient left over"
+
+
+def test_the_gradient_norm_is_clipped():
+    policy, reference, args = small_model(1), small_model(2), batch_args(4, max_grad_norm=0.01)
+    batch, _ = dpo.read_pairs(reference, random_examples(4), 0, args)
+    before = torch.cat([p.detach().flatten().clone() for p in policy.parameters()])
+    optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
+    assert dpo.update_on_pairs(policy, optimizer, batch, torch.arange(4), 1, args)["grad_norm"] > 0.1
+    after = torch.cat([p.detach().flatten() for p in policy.parameters()])
+    assert (after - before).norm().item() == pytest.approx(0.01, rel=1e-2)
+
+
+def test_held_out_metrics_are_means_over_all_pairs():
+    policy, reference, examples, args = small_model(1), small_model(2), random_examples(7), batch_args(3)
+    metrics = dpo.evaluate_pairs((policy, reference), examples, 0, args)
+    ratios = [
+        [lone_logp(m, e["prompt_ids"], y, args.temperature).item() for m in (policy, reference)]
+        for e in examples
+        for y in e["response_ids"]
+    ]
+    margins = [BETA * (w - ref_w - y + ref_y) for (w, ref_w), (y, ref_y) in zip(ratios[0::2], ratios[1::2])]
+    assert metrics["eval_margin"] == pytest.approx(sum(margins) / 7, rel=1e-4, abs=1e-5)
+    assert metrics["eval_accuracy"] == pytest.approx(sum(m > 0 for m in margins) / 7)
+    assert metrics["eval_loss"] == pytest.approx(sum(math.log1p(math.exp(-m)) for m in margins) / 7, rel=1e-4)
+    assert metrics["eval_logp_rejected"] == pytest.approx(sum(r[0] for r in ratios[1::2]) / 7, rel=1e-4)
+    assert dpo.evaluate_pairs((policy, reference), [], 0, args) == {}
+
+
+def test_the_higher_score_comes_first_and_ties_keep_their_order():
+    score = torch.tensor([1.0, 2.0, 5.0, -1.0, 3.0, 3.0, 1e9, 1e9 + 0.5], dtype=torch.float64)
+    batch = {"score": score, "response_ids": torch.arange(8)[:, None], "ended": torch.arange(8) == 1}
+    ranked = dpo.rank_pairs(batch)
+    assert ranked["response_ids"].flatten().tolist() == [1, 0, 2, 3, 4, 5, 7, 6]
+    assert ranked["score"].tolist() == [2, 1, 5, -1, 3, 3, 1e9 + 0.5, 1e9]
+    assert ranked["ended"].tolist() == [True] + [False] * 7
+
+
+def test_sampled_labels_follow_bradley_terry():
+    """Odds of 1, 3 and 1/9 of the first response, 10000 pairs each; the scores move with their responses."""
+    pairs = torch.tensor([[0.0, 0.0], [math.log(3), 0.0], [7.0, 7.0 + math.log(9)]], dtype=torch.float64)
+    score, ids = pairs.repeat(10000, 1).flatten(), torch.arange(60000)[:, None]
+    torch.manual_seed(0)
+    ranked = dpo.rank_pairs({"score": score, "response_ids": ids}, labels="sampled")
+    assert torch.equal(ranked["score"], score[ranked["response_ids"].flatten()])
+    first_won = (ranked["response_ids"].view(10000, 3, 2)[:, :, 0] % 2 == 0).double().mean(0)
+    assert first_won.tolist() == pytest.approx([1 / 2, 3 / 4, 1 / 10], abs=4 * 0.5 / 100)
+
+
+def test_identical_responses_give_no_gradient():
+    policy, reference, args = small_model(1), small_model(2), batch_args(2)
+    examples = random_examples(2)
+    for e in examples:
+        e["response_ids"][1] = e["response_ids"][0]
+    batch, _ = dpo.read_pairs(reference, examples, 0, args)
+    optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
+    assert dpo.update_on_pairs(policy, optimizer, batch, torch.arange(2), 1, args)["grad_norm"] < 1e-6
+
+
+# -------------------------------------------------------------------------------- short runs on the toy data
+
+SMALL = ["--minibatch_size", 8, "--micro_batch_size", 4, "--eval_prompts", 12, "--save_every", 2]
+ONLINE = ["--online", "--prompts_per_step", 8, "--epochs", 1]
+FILES = {"args.json", "checkpoint.pt", "config.json", "metrics.jsonl", "model.safetensors", "samples.jsonl"}
+PAIR_METRICS = {"accuracy", "margin", "implicit_reward_chosen", "implicit_reward_rejected", "logp_chosen"}
+PAIR_METRICS |= {"logp_rejected", "loss", "grad_norm", "seconds_score", "seconds_update", "tokens_per_second"}
+ROLLOUT_METRICS = {"reward", "objective", "kl", "kl_exact", "entropy", "perplexity", "response_length"}
+ROLLOUT_METRICS |= {"eos_rate"}
+COSTS = {"seconds_rollout", "seconds_score", "seconds_update", "tokens_per_second", "peak_memory_gb"}
+
+
+def preferences(chain, tmp_path):
+    """A folder with the first rows of the toy preferences: reading all takes longer than the training."""
+    folder = tmp_path / "preferences"
+    folder.mkdir()
+    for split in ("train", "validation"):
+        rows = (chain / "data/toy/preferences" / f"{split}.jsonl").read_text().splitlines()[:40]
+        (folder / f"{split}.jsonl").write_text("\n".join(rows))
+    return folder
+
+
+def train(chain, folder, monkeypatch, *flags):
+    """dpo.py's main in this process, on the command line `flags`; metrics.jsonl as a list."""
+    monkeypatch.chdir(chain)
+    torch.seed()  # a run must not depend on the random state that it finds
+    flags = [str(flag) for flag in (*SMALL, "--output_dir", folder, *flags)]
+    args = dpo.HfArgumentParser(dpo.Args).parse_args_into_dataclasses(flags)[0]
+    dpo.main(args)
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def flags_of(mode, chain, tmp_path):
+    small = ["--dataset", preferences(chain, tmp_path), "--eval_dataset", "data/toy/prompts"]
+    return [*small, *ONLINE] if mode == "online" else small
+
+
+@pytest.mark.parametrize("mode", ["offline", "online"])
+def test_a_run_keeps_its_promises_and_resumes_bit_for_bit(mode, chain, tmp_path, monkeypatch, capsys):
+    flags = [*flags_of(mode, chain, tmp_path), "--eval_every", 2, "--learning_rate", 1e-3]
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    rows = train(chain, whole, monkeypatch, "--steps", 4, *flags)
+    last_line = capsys.readouterr().out.splitlines()[-1]
+    assert last_line.startswith(f"{whole}: reward ") and "4 steps" in last_line
+    assert {path.name for path in whole.iterdir()} >= FILES
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
+
+    expected = PAIR_METRICS | (ROLLOUT_METRICS | {"frac_identical_pairs"} if mode == "online" else set())
+    assert all(expected <= set(row) for row in rows[1:])
+    held_out = {f"eval_{name}" for name in ROLLOUT_METRICS}
+    held_out |= {"eval_accuracy", "eval_logp_chosen"} if mode == "offline" else set()
+    assert all((held_out <= set(row)) == (row["step"] % 2 == 0) for row in rows)
+    assert ("eval_accuracy" in rows[0]) == (mode == "offline")
+    assert all(math.isfinite(value) for row in rows for value in row.values())
+
+    assert rows[1]["loss"] == pytest.approx(math.log(2), abs=1e-6), "the policy starts at the reference"
+    assert [rows[1]["margin"], rows[0]["eval_kl"]] == pytest.approx([0, 0], abs=1e-5)
+    assert abs(rows[2]["margin"]) > 1e-3 and rows[4]["eval_kl_exact"] > 1e-3, "the reference stays behind"
+
+    train(chain, halves, monkeypatch, "--steps", 2, *flags)
+    resumed = train(chain, halves, monkeypatch, "--steps", 4, "--resume", *flags)
+    assert (halves / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert (halves / "samples.jsonl").read_bytes() == (whole / "samples.jsonl").read_bytes()
+    for a, b in zip(rows, resumed, strict=True):
+        assert a.keys() == b.keys() and all(a[name] == b[name] for name in a.keys() - COSTS)
+
+    policy, start = (AutoModelForCausalLM.from_pretrained(path) for path in (whole, chain / "out/sft"))
+    assert AutoTokenizer.from_pretrained(whole).eos_token_id is not None
+    assert any(not torch.equal(p, q) for p, q in zip(policy.parameters(), start.parameters()))
+
+
+def test_held_out_prompts_and_first_samples_are_the_same_in_both_modes(chain, tmp_path, monkeypatch):
+    """And those of p3o.py: the first rows of the validation split of data/toy/prompts."""
+    small, samples = flags_of("offline", chain, tmp_path), []
+    flags = {"offline": small, "online": [*small, *ONLINE]}
+    for mode in flags:
+        train(chain, tmp_path / mode, monkeypatch, "--steps", 1, *flags[mode])
+        lines = (tmp_path / mode / "samples.jsonl").read_text().splitlines()
+        samples.append([json.loads(line) for line in lines][:12])
+    prompts = (chain / "data/toy/prompts/validation.jsonl").read_text().splitlines()[:12]
+    assert [row["prompt"] for row in samples[0]] == [json.loads(line)["prompt"] for line in prompts]
+    assert samples[0] == samples[1]
+
+
+def test_online_learns_from_the_order_of_the_scores_alone(chain, tmp_path, monkeypatch):
+    """A reward model of three times the slope ranks alike: the same weights. One turned around: others, and
+    others again where the labels are drawn."""
+    read_score, weights, flags = dpo.read_score, [], flags_of("online", chain, tmp_path)
+    for slope, labels in ((1, "ranked"), (3, "ranked"), (-1, "ranked"), (1, "sampled")):
+        monkeypatch.setattr(dpo, "read_score", lambda *batch, slope=slope: slope * read_score(*batch))
+        more = ["--steps", 1, "--missing_eos_penalty", 0, "--labels", labels]
+        folder = tmp_path / f"{labels}{slope}"
+        train(chain, folder, monkeypatch, *flags, *more)
+        weights.append((folder / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1] and len(set(weights)) == 3
+
+
+def test_offline_steps_are_passes_over_the_data(chain, tmp_path, monkeypatch):
+    flags = flags_of("offline", chain, tmp_path)
+    assert train(chain, tmp_path / "run", monkeypatch, *flags, "--epochs", 1)[-1]["step"] == 5  # 40 rows by 8
+
+
+@pytest.mark.parametrize("online", [True, False])
+def test_defaults_by_mode(online):
+    args = dpo.Args(online=online)
+    dpo.check_mode(args)
+    assert args.output_dir == ("out/dpo_online" if online else "out/dpo")
+    assert args.dataset == ("data/toy/prompts" if online else "data/toy/preferences")
+    assert args.eval_dataset == "data/toy/prompts"
+    assert args.epochs == (2 if online else 1)
+    args = dpo.Args(online=online, dataset="mine", output_dir="here", epochs=5)
+    dpo.check_mode(args)
+    assert (args.dataset, args.eval_dataset, args.output_dir, args.epochs) == ("mine", "mine", "here", 5)
+
+
+WRONG = [
+    (["--beta", 0], "beta"),
+    (["--dataset", "data/toy/prompts"], r"expected prompt\+chosen\+rejected"),
+    (["--minibatch_size", 32, "--micro_batch_size", 5], "divide"),
+    (["--epochs", 0], "--epochs 0 is out of range"),
+]
+
+
+@pytest.mark.parametrize("flags, words", WRONG)
+def test_wrong_input_is_refused_before_anything_is_written(flags, words, chain, tmp_path, monkeypatch):
+    with pytest.raises(dpo.RunError, match=words):
+        train(chain, tmp_path / "run", monkeypatch, *flags)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_failure_is_one_line_on_the_command_line(chain, tmp_path):
+    done = run_script("dpo.py", "--beta", 0, "--output_dir", tmp_path / "run", cwd=chain)
+    assert done.returncode == 2 and not (tmp_path / "run").exists()
+    assert done.stderr.startswith("error: --beta 0.0 ") and len(done.stderr.splitlines()) == 1

@@ -1,0 +1,48 @@
+"""Short real runs on the toy raise the reward by far more than its sampling error."""
+
+import json
+import statistics
+
+import pytest
+from conftest import run_script
+
+QUICK = ["--prompts_per_step", 32, "--minibatch_size", 16, "--steps", 15, "--learning_rate", 5e-4]
+QUICK += ["--eval_every", 0, "--eval_prompts", 128]
+
+
+def read(folder, name):
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    "script, options",
+    [
+        ("p3o.py", []),
+        ("p3o.py", ["--clipping", "separate", "--max_importance_weight", 10]),
+        ("p3o.py", ["--clipping", "none", "--epochs", 1, "--num_responses", 4]),
+        ("ppo.py", []),
+        ("dpo.py", ["--online"]),
+    ],
+    ids=["p3o-v2", "p3o-v1", "pairwise-gradient-4-responses", "ppo", "online-dpo"],
+)
+def test_the_reward_rises(chain, tmp_path, script, options):
+    done = run_script(script, *QUICK, *options, "--output_dir", tmp_path / "run", cwd=chain)
+    assert done.returncode == 0, done.stderr
+    rewards = {0: [], 15: []}
+    for sample in read(tmp_path / "run", "samples.jsonl"):
+        rewards[sample["step"]].append(sample["reward"])
+    before, after = rewards[0], rewards[15]
+    error = (statistics.variance(before) / len(before) + statistics.variance(after) / len(after)) ** 0.5
+    assert statistics.mean(after) - statistics.mean(before) > 4 * error
+    metrics = read(tmp_path / "run", "metrics.jsonl")
+    assert metrics[0]["eval_kl"] == 0  # the policy starts as the reference
+    assert 0 < metrics[-1]["eval_kl"] < 15
+    assert metrics[-1]["eval_objective"] > metrics[0]["eval_objective"]
+    assert [row["step"] for row in metrics] == list(range(16))
+
+
+def test_sft_and_reward_model_learn(chain):
+    sft, reward = read(chain / "out/sft", "metrics.jsonl"), read(chain / "out/reward_model", "metrics.jsonl")
+    assert sft[-1]["eval_perplexity"] < sft[0]["eval_perplexity"] / 4
+    assert reward[-1]["eval_loss"] < reward[0]["eval_loss"]
+    assert reward[0]["step"] == 0 and 0 <= reward[-1]["eval_calibration_error"] < 0.5

@@ -1,0 +1,101 @@
+"""What the README names exists: files, commands, flags, functions, and its example runs."""
+
+import ast
+import dataclasses
+import importlib
+import re
+import shlex
+
+import pytest
+import torch
+from conftest import ROOT
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.S)
+SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
+
+
+def commands():
+    """(script, [flags]) of every python line in the shell blocks and of every `python x.py ...` in the text."""
+    text = "\n".join(body.replace("\\\n", " ") for kind, body in BLOCKS if kind == "bash")
+    text = re.sub(r'^(\w)="(.*)"$', "", text, flags=re.M)
+    lines = [part for line in text.splitlines() for part in line.split("&&")]
+    lines += re.findall(r"`(python [^`]+)`", README)
+    for line in lines:
+        words = shlex.split(line, comments=True)
+        if words[:1] == ["python"] and words[1].endswith(".py"):
+            yield words[1], [word.partition("=")[0] for word in words[2:] if word.startswith("--")]
+
+
+def test_commands_and_flags():
+    found = list(commands())
+    assert len(found) >= 10
+    for script, flags in found:
+        fields = {f.name for f in dataclasses.fields(importlib.import_module(script[:-3]).Args)}
+        assert {flag[2:] for flag in flags} <= fields, f"{script}: {set(flags)}"
+
+
+def test_every_flag_in_the_text_belongs_to_a_script():
+    fields = {f.name for s in SCRIPTS for f in dataclasses.fields(importlib.import_module(s).Args)}
+    flags = set(re.findall(r"--(\w+)", README)) - {"help"}
+    assert flags <= fields, flags - fields
+
+
+def test_files_and_links():
+    for target in re.findall(r"\]\(([^)]+)\)", README):
+        assert target.startswith("https://") or (ROOT / target).exists(), target
+    for name in set(re.findall(r"`?([\w/]+\.(?:py|cff|txt))`?", README)):
+        assert (ROOT / name).exists(), name
+
+
+def test_the_equation_table():
+    rows = [row for row in README.splitlines() if re.search(r"\[\w+\.py\]", row) and row.startswith("|")]
+    assert len(rows) >= 9
+    for row in rows:
+        *_, functions, file, _ = re.split(r"(?<!\\)\|", row)
+        tree = ast.parse((ROOT / re.search(r"\((\w+\.py)\)", file)[1]).read_text())
+        defined = {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+        assert set(re.findall(r"`(\w+)", functions)) <= defined, row
+
+
+def test_the_metrics_table(chain):
+    import p3o
+
+    logged = set(re.findall(r'"(\w+)"', (ROOT / "p3o.py").read_text()))
+    table = README.split("## Metrics")[1].split("##")[0]
+    named = re.findall(
+        r"`([\w*]+)`", "\n".join(row.split("|")[1] for row in table.splitlines() if "|" in row)
+    )
+    names = {name for name in named if "*" not in name}
+    assert names and names <= logged | {f.name for f in dataclasses.fields(p3o.Args)}, names - logged
+
+
+def test_the_example_runs():
+    code = next(body for kind, body in BLOCKS if kind == "python")
+    score, logp_old, logp_ref = torch.randn(3, 4, 2)
+    values = {"score": score, "logp_old": logp_old, "logp_ref": logp_ref}
+    values["logp_new"] = logp_old.clone().requires_grad_()
+    exec(code, values)
+    assert values["logp_new"].grad.abs().sum() > 0
+
+
+def test_defaults_make_a_chain():
+    """The outputs of one stage are the default inputs of the next."""
+    args = {s: importlib.import_module(s).Args() for s in ("sft", "reward_model", "p3o", "ppo", "dpo")}
+    assert args["reward_model"].model == args["sft"].output_dir
+    for name in ("p3o", "ppo", "dpo"):
+        assert args[name].model == args["sft"].output_dir
+        assert args[name].reward_model == args["reward_model"].output_dir
+
+
+def test_ci_runs_the_lines_of_the_readme():
+    ci = (ROOT / ".ci/run").read_text()
+    for start in ("pip install", "python -m pytest"):
+        assert start in ci and sum(line.startswith(start) for line in README.splitlines()) == 1
+
+
+@pytest.mark.skipif(not (ROOT / "results/quickstart").exists(), reason="no results yet")
+def test_the_log_in_the_readme_is_the_committed_one():
+    log = (ROOT / "results/quickstart/log.txt").read_text().splitlines()
+    shown = next(body for kind, body in BLOCKS if kind == "").splitlines()
+    assert shown and set(shown) <= set(log)
