@@ -72,7 +72,7 @@ class Args:
     dtype: Literal["float32", "bfloat16"] = flag(
         "float32", "bfloat16: autocast; trained weights stay in float32"
     )
-    learning_rate: float = flag(1e-4, "AdamW, constant; 5e-7 to 5e-6 for pretrained models")
+    learning_rate: float = flag(1e-4, "AdamW, falls linearly to 0; 5e-7 to 5e-6 for pretrained models")
     steps: int | None = flag(None, "online: rollouts, None: 120; offline: optimizer steps, None: by --epochs")
     prompts_per_step: int = flag(64, "online: B, prompts per rollout; offline a step is one minibatch")
     epochs: int | None = flag(None, "passes over each rollout, None: 2; offline over the data, None: 1")
@@ -471,7 +471,7 @@ ZERO_ALLOWED = ["seed", "eval_every", "save_every", "micro_batch_size", "beta", 
 ZERO_ALLOWED += ["missing_eos_penalty", "lm_coef"]
 DATA_FILES = (".json", ".jsonl", ".gz", ".parquet")
 MAY_CHANGE = ["resume", "overwrite", "steps", "save_every", "device"]
-INPUTS = ["model", "reward_model", "dataset"]
+INPUTS = ["model", "reward_model", "dataset", "eval_dataset", "ptx_dataset"]
 received_signals = []
 
 
@@ -544,6 +544,11 @@ def open_run(args):
     folder = Path(args.output_dir)
     if args.overwrite:
         shutil.rmtree(folder, ignore_errors=True)
+    path, checkpoint = folder / "checkpoint.pt", None
+    if path.exists():
+        checkpoint = torch.load(path, map_location=args.device, weights_only=True)
+        done = checkpoint["step"]
+        require(done <= args.steps, f"{folder} has done {done} steps of {args.steps}", "raise --steps")
     folder.mkdir(parents=True, exist_ok=True)
     git = ["git", "-C", str(Path(__file__).absolute().parent), "rev-parse", "HEAD"]
     commit = shutil.which("git") and subprocess.run(git, capture_output=True, text=True).stdout.strip()
@@ -552,9 +557,6 @@ def open_run(args):
     new = Path(f"{folder}.args.json")  # beside the folder, which is empty or holds a whole args.json
     new.write_text(json.dumps(record, indent=2))
     os.replace(new, folder / "args.json")
-    path, checkpoint = folder / "checkpoint.pt", None
-    if path.exists():
-        checkpoint = torch.load(path, map_location=args.device, weights_only=True)
     for log in folder.glob("*.jsonl"):
         os.truncate(log, checkpoint["log_sizes"].get(log.name, 0) if checkpoint else 0)
     return checkpoint
@@ -644,9 +646,9 @@ def guard(main, args_class):
     except torch.OutOfMemoryError:
         message, status = "out of memory; lower --micro_batch_size or lengths, or use --dtype bfloat16", 1
     except OSError as error:
-        message, status = f"{first_line(error)}; make room or mend the permissions, then --resume", 1
+        message, status = f"{first_line(error)}; make room or mend the permissions, and go on", 1
     except KeyboardInterrupt:
-        message, status = "interrupted before the first step; nothing was lost", 130
+        message, status = "interrupted; what was saved is kept", 130
     print(f"error: {message}", file=sys.stderr)
     sys.exit(status)
 
@@ -750,6 +752,7 @@ def main(args):
     if checkpoint:
         policy.load_state_dict(checkpoint["models"][""])
         optimizer.load_state_dict(checkpoint["optimizer"])
+        export_models(args, {"": policy}, tokenizer)  # in case the run was killed while it did so
     else:
         metrics = evaluate(0, models, held_out, eos_id, tokenizer, args)
         metrics |= evaluate_pairs(models, pairs, pad_id, args)
@@ -757,6 +760,7 @@ def main(args):
 
     for step in tqdm(range(done + 1, args.steps + 1), "dpo", args.steps, initial=done, disable=None):
         torch.manual_seed(args.seed * 10**6 + step)  # every step draws afresh: no random state to save
+        optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - (step - 1) / args.steps)
         rows = data_order(len(train), args.prompts_per_step, step, args.seed)
         examples, metrics = [train[row] for row in rows], {}
         # 1. Preference pairs with their reference log-probs: of the data, or sampled from pi and ranked.

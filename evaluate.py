@@ -542,9 +542,9 @@ def guard(main, args_class):
     except torch.OutOfMemoryError:
         message, status = "out of memory; lower --micro_batch_size or lengths, or use --dtype bfloat16", 1
     except OSError as error:
-        message, status = f"{first_line(error)}; make room or mend the permissions, then --resume", 1
+        message, status = f"{first_line(error)}; make room or mend the permissions, and go on", 1
     except KeyboardInterrupt:
-        message, status = "interrupted before the first step; nothing was lost", 130
+        message, status = "interrupted; what was saved is kept", 130
     print(f"error: {message}", file=sys.stderr)
     sys.exit(status)
 

@@ -62,7 +62,7 @@ class Args:
     dtype: Literal["float32", "bfloat16"] = flag(
         "float32", "bfloat16: autocast; trained weights stay in float32"
     )
-    learning_rate: float = flag(1e-4, "AdamW, falls linearly to 0; 1e-6 to 1e-5 for pretrained models")
+    learning_rate: float = flag(3e-4, "AdamW, falls linearly to 0; 1e-6 to 1e-5 for pretrained models")
     steps: int = flag(120, "rollouts in all; may be raised on --resume")
     prompts_per_step: int = flag(64, "B, prompts per rollout")
     num_responses: int = flag(2, "K, responses per prompt; all K (K - 1) / 2 pairs are used")
@@ -521,7 +521,7 @@ ZERO_ALLOWED = ["seed", "eval_every", "save_every", "micro_batch_size", "beta", 
 ZERO_ALLOWED += ["missing_eos_penalty", "lm_coef"]
 DATA_FILES = (".json", ".jsonl", ".gz", ".parquet")
 MAY_CHANGE = ["resume", "overwrite", "steps", "save_every", "device"]
-INPUTS = ["model", "reward_model", "dataset"]
+INPUTS = ["model", "reward_model", "dataset", "eval_dataset", "ptx_dataset"]
 received_signals = []
 
 
@@ -594,6 +594,11 @@ def open_run(args):
     folder = Path(args.output_dir)
     if args.overwrite:
         shutil.rmtree(folder, ignore_errors=True)
+    path, checkpoint = folder / "checkpoint.pt", None
+    if path.exists():
+        checkpoint = torch.load(path, map_location=args.device, weights_only=True)
+        done = checkpoint["step"]
+        require(done <= args.steps, f"{folder} has done {done} steps of {args.steps}", "raise --steps")
     folder.mkdir(parents=True, exist_ok=True)
     git = ["git", "-C", str(Path(__file__).absolute().parent), "rev-parse", "HEAD"]
     commit = shutil.which("git") and subprocess.run(git, capture_output=True, text=True).stdout.strip()
@@ -602,9 +607,6 @@ def open_run(args):
     new = Path(f"{folder}.args.json")  # beside the folder, which is empty or holds a whole args.json
     new.write_text(json.dumps(record, indent=2))
     os.replace(new, folder / "args.json")
-    path, checkpoint = folder / "checkpoint.pt", None
-    if path.exists():
-        checkpoint = torch.load(path, map_location=args.device, weights_only=True)
     for log in folder.glob("*.jsonl"):
         os.truncate(log, checkpoint["log_sizes"].get(log.name, 0) if checkpoint else 0)
     return checkpoint
@@ -694,9 +696,9 @@ def guard(main, args_class):
     except torch.OutOfMemoryError:
         message, status = "out of memory; lower --micro_batch_size or lengths, or use --dtype bfloat16", 1
     except OSError as error:
-        message, status = f"{first_line(error)}; make room or mend the permissions, then --resume", 1
+        message, status = f"{first_line(error)}; make room or mend the permissions, and go on", 1
     except KeyboardInterrupt:
-        message, status = "interrupted before the first step; nothing was lost", 130
+        message, status = "interrupted; what was saved is kept", 130
     print(f"error: {message}", file=sys.stderr)
     sys.exit(status)
 

@@ -663,7 +663,7 @@ ZERO_ALLOWED = ["seed", "eval_every", "save_every", "micro_batch_size", "beta", 
 ZERO_ALLOWED += ["missing_eos_penalty", "lm_coef"]
 DATA_FILES = (".json", ".jsonl", ".gz", ".parquet")
 MAY_CHANGE = ["resume", "overwrite", "steps", "save_every", "device"]
-INPUTS = ["model", "reward_model", "dataset"]
+INPUTS = ["model", "reward_model", "dataset", "eval_dataset", "ptx_dataset"]
 received_signals = []
 
 
@@ -736,6 +736,11 @@ def open_run(args):
     folder = Path(args.output_dir)
     if args.overwrite:
         shutil.rmtree(folder, ignore_errors=True)
+    path, checkpoint = folder / "checkpoint.pt", None
+    if path.exists():
+        checkpoint = torch.load(path, map_location=args.device, weights_only=True)
+        done = checkpoint["step"]
+        require(done <= args.steps, f"{folder} has done {done} steps of {args.steps}", "raise --steps")
     folder.mkdir(parents=True, exist_ok=True)
     git = ["git", "-C", str(Path(__file__).absolute().parent), "rev-parse", "HEAD"]
     commit = shutil.which("git") and subprocess.run(git, capture_output=True, text=True).stdout.strip()
@@ -744,9 +749,6 @@ def open_run(args):
     new = Path(f"{folder}.args.json")  # beside the folder, which is empty or holds a whole args.json
     new.write_text(json.dumps(record, indent=2))
     os.replace(new, folder / "args.json")
-    path, checkpoint = folder / "checkpoint.pt", None
-    if path.exists():
-        checkpoint = torch.load(path, map_location=args.device, weights_only=True)
     for log in folder.glob("*.jsonl"):
         os.truncate(log, checkpoint["log_sizes"].get(log.name, 0) if checkpoint else 0)
     return checkpoint
@@ -836,9 +838,9 @@ def guard(main, args_class):
     except torch.OutOfMemoryError:
         message, status = "out of memory; lower --micro_batch_size or lengths, or use --dtype bfloat16", 1
     except OSError as error:
-        message, status = f"{first_line(error)}; make room or mend the permissions, then --resume", 1
+        message, status = f"{first_line(error)}; make room or mend the permissions, and go on", 1
     except KeyboardInterrupt:
-        message, status = "interrupted before the first step; nothing was lost", 130
+        message, status = "interrupted; what was saved is kept", 130
     print(f"error: {message}", file=sys.stderr)
     sys.exit(status)
 

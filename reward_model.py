@@ -88,9 +88,9 @@ def bradley_terry_loss(reward_chosen, reward_rejected, margin=0.0):
 def calibration(difference, bins=5):
     """How often the model is right when it says it is sure: ([[predicted, actual, pairs], ...], error).
 
-    difference: (M,) scores of chosen less rejected. Pairs are binned by the probability in [0.5, 1] that the model
-    gives to its favourite; predicted is the bin's mean, actual the rate at which the favourite was the chosen one.
-    error: the expected calibration error, mean |predicted - actual| over pairs.
+    difference: (M,) scores of chosen less rejected. Pairs are binned by the probability in [0.5, 1] that the
+    model gives to its favourite; predicted is its mean in the bin, actual the rate at which the favourite was
+    the chosen one. error: the expected calibration error, the mean of |predicted - actual| over pairs.
     """
     confidence, right = difference.abs().sigmoid().double(), (difference > 0).double() + (difference == 0) / 2
     which = ((confidence - 0.5) * 2 * bins).long().clamp(max=bins - 1)
@@ -333,7 +333,7 @@ def prepare_model(model, name, tokenizer, args):
 
 
 def new_reward_model(tokenizer, args):
-    """The SFT model with a fresh score head, and with --lm_coef a language model that shares its trunk (else None)."""
+    """The SFT model with a fresh score head; with --lm_coef also a language model that shares its trunk."""
     options = {"may_miss": ["score.weight"], "num_labels": 1}
     model = load_model(AutoModelForSequenceClassification, args.model, tokenizer, args, **options)
     require(hasattr(model, "score"), f"{args.model!r} has no score head", "use a decoder-only model")
@@ -359,7 +359,7 @@ ZERO_ALLOWED = ["seed", "eval_every", "save_every", "micro_batch_size", "beta", 
 ZERO_ALLOWED += ["missing_eos_penalty", "lm_coef"]
 DATA_FILES = (".json", ".jsonl", ".gz", ".parquet")
 MAY_CHANGE = ["resume", "overwrite", "steps", "save_every", "device"]
-INPUTS = ["model", "reward_model", "dataset"]
+INPUTS = ["model", "reward_model", "dataset", "eval_dataset", "ptx_dataset"]
 received_signals = []
 
 
@@ -432,6 +432,11 @@ def open_run(args):
     folder = Path(args.output_dir)
     if args.overwrite:
         shutil.rmtree(folder, ignore_errors=True)
+    path, checkpoint = folder / "checkpoint.pt", None
+    if path.exists():
+        checkpoint = torch.load(path, map_location=args.device, weights_only=True)
+        done = checkpoint["step"]
+        require(done <= args.steps, f"{folder} has done {done} steps of {args.steps}", "raise --steps")
     folder.mkdir(parents=True, exist_ok=True)
     git = ["git", "-C", str(Path(__file__).absolute().parent), "rev-parse", "HEAD"]
     commit = shutil.which("git") and subprocess.run(git, capture_output=True, text=True).stdout.strip()
@@ -440,9 +445,6 @@ def open_run(args):
     new = Path(f"{folder}.args.json")  # beside the folder, which is empty or holds a whole args.json
     new.write_text(json.dumps(record, indent=2))
     os.replace(new, folder / "args.json")
-    path, checkpoint = folder / "checkpoint.pt", None
-    if path.exists():
-        checkpoint = torch.load(path, map_location=args.device, weights_only=True)
     for log in folder.glob("*.jsonl"):
         os.truncate(log, checkpoint["log_sizes"].get(log.name, 0) if checkpoint else 0)
     return checkpoint
@@ -532,9 +534,9 @@ def guard(main, args_class):
     except torch.OutOfMemoryError:
         message, status = "out of memory; lower --micro_batch_size or lengths, or use --dtype bfloat16", 1
     except OSError as error:
-        message, status = f"{first_line(error)}; make room or mend the permissions, then --resume", 1
+        message, status = f"{first_line(error)}; make room or mend the permissions, and go on", 1
     except KeyboardInterrupt:
-        message, status = "interrupted before the first step; nothing was lost", 130
+        message, status = "interrupted; what was saved is kept", 130
     print(f"error: {message}", file=sys.stderr)
     sys.exit(status)
 
@@ -550,7 +552,7 @@ def score_pairs(model, examples, pad_id, args):
 
 
 @torch.no_grad()
-def held_out_metrics(model, examples, pad_id, args):
+def pair_metrics(model, examples, pad_id, args):
     """On held-out pairs: eval_loss (nats per pair), eval_accuracy, and calibration."""
     size = args.micro_batch_size
     pairs = [score_pairs(model, examples[i : i + size], pad_id, args) for i in range(0, len(examples), size)]
@@ -597,7 +599,7 @@ def main(args):
         optimizer.load_state_dict(checkpoint["optimizer"])
         export_models(args, {"": model}, tokenizer)  # in case the run was killed while it did so
     else:
-        append_jsonl(args, "metrics.jsonl", {"step": 0} | held_out_metrics(model, held_out, pad_id, args))
+        append_jsonl(args, "metrics.jsonl", {"step": 0} | pair_metrics(model, held_out, pad_id, args))
 
     for step in tqdm(range(done + 1, args.steps + 1), "reward_model", args.steps, initial=done, disable=None):
         clock = time.perf_counter()
@@ -606,16 +608,16 @@ def main(args):
         tokens = sum(len(response) for row in rows for response in row["response_ids"])
         metrics |= cost_metrics(tokens, {"seconds_update": time.perf_counter() - clock})
         if step == args.steps or (args.eval_every and step % args.eval_every == 0):
-            metrics |= held_out_metrics(model, held_out, pad_id, args)
+            metrics |= pair_metrics(model, held_out, pad_id, args)
         end_step(args, step, metrics, {"": model}, tokenizer, {"optimizer": optimizer.state_dict()})
     last = json.loads(Path(args.output_dir, "metrics.jsonl").read_text().splitlines()[-1])
     print("held-out pairs by the model's confidence: predicted rate, actual rate, pairs")
     for predicted, actual, pairs in last["eval_calibration"]:
         print(f"  {predicted:.3f}  {actual:.3f}  {pairs:5d}")
-    reached = f"accuracy {last['eval_accuracy']:.3f}, calibration error {last['eval_calibration_error']:.3f}"
-    minutes = (time.perf_counter() - start) / 60
+    accuracy, error = last["eval_accuracy"], last["eval_calibration_error"]
+    reached = f"accuracy {accuracy:.3f}, calibration error {error:.3f} on {len(held_out)} held-out pairs"
     print(
-        f"{args.output_dir}: {reached} on {len(held_out)} held-out pairs; {args.steps} steps, {minutes:.1f} minutes"
+        f"{args.output_dir}: {reached}; {args.steps} steps, {(time.perf_counter() - start) / 60:.1f} minutes"
     )
 
 

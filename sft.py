@@ -1,10 +1,10 @@
 """Stage 1: supervised fine-tuning, token cross-entropy on demonstrations.
 
-    python sft.py     the embedded task, after toy.py: a random 0.5M model learns to answer; other models: README.md
+    python sft.py     the embedded task, after toy.py; other models: README.md
 
     maximise  log pi(y|x)  over completion tokens, prompt masked out, EOS inside        completion_loss
 
-Without EOS in the loss the policy would never stop. Preference data serve too: the chosen response is the target.
+Without EOS in the loss the policy would never stop. Preference data serve too: chosen responses are targets.
 
 Legend: B rows, T tokens, P prompt length, R response length, V vocabulary. Prompts are padded on the left,
 responses on the right. Masks are boolean, True counts.
@@ -68,7 +68,7 @@ class Args:
 def completion_loss(logits, tokens, completion_mask):
     """-mean of log p(token_t | tokens_<t) over the tokens of completion_mask, in nats per token.
 
-    logits: (B, T, V), those at t predict token t + 1; tokens, completion_mask: (B, T). Returns a float32 scalar.
+    logits (B, T, V), at t for token t + 1; tokens, completion_mask (B, T). Returns a float32 scalar.
     """
     predicted = completion_mask[:, 1:]
     logps = torch.log_softmax(logits[:, :-1][predicted].float(), -1)  # (tokens, V)
@@ -320,7 +320,7 @@ ZERO_ALLOWED = ["seed", "eval_every", "save_every", "micro_batch_size", "beta", 
 ZERO_ALLOWED += ["missing_eos_penalty", "lm_coef"]
 DATA_FILES = (".json", ".jsonl", ".gz", ".parquet")
 MAY_CHANGE = ["resume", "overwrite", "steps", "save_every", "device"]
-INPUTS = ["model", "reward_model", "dataset"]
+INPUTS = ["model", "reward_model", "dataset", "eval_dataset", "ptx_dataset"]
 received_signals = []
 
 
@@ -393,6 +393,11 @@ def open_run(args):
     folder = Path(args.output_dir)
     if args.overwrite:
         shutil.rmtree(folder, ignore_errors=True)
+    path, checkpoint = folder / "checkpoint.pt", None
+    if path.exists():
+        checkpoint = torch.load(path, map_location=args.device, weights_only=True)
+        done = checkpoint["step"]
+        require(done <= args.steps, f"{folder} has done {done} steps of {args.steps}", "raise --steps")
     folder.mkdir(parents=True, exist_ok=True)
     git = ["git", "-C", str(Path(__file__).absolute().parent), "rev-parse", "HEAD"]
     commit = shutil.which("git") and subprocess.run(git, capture_output=True, text=True).stdout.strip()
@@ -401,9 +406,6 @@ def open_run(args):
     new = Path(f"{folder}.args.json")  # beside the folder, which is empty or holds a whole args.json
     new.write_text(json.dumps(record, indent=2))
     os.replace(new, folder / "args.json")
-    path, checkpoint = folder / "checkpoint.pt", None
-    if path.exists():
-        checkpoint = torch.load(path, map_location=args.device, weights_only=True)
     for log in folder.glob("*.jsonl"):
         os.truncate(log, checkpoint["log_sizes"].get(log.name, 0) if checkpoint else 0)
     return checkpoint
@@ -493,9 +495,9 @@ def guard(main, args_class):
     except torch.OutOfMemoryError:
         message, status = "out of memory; lower --micro_batch_size or lengths, or use --dtype bfloat16", 1
     except OSError as error:
-        message, status = f"{first_line(error)}; make room or mend the permissions, then --resume", 1
+        message, status = f"{first_line(error)}; make room or mend the permissions, and go on", 1
     except KeyboardInterrupt:
-        message, status = "interrupted before the first step; nothing was lost", 130
+        message, status = "interrupted; what was saved is kept", 130
     print(f"error: {message}", file=sys.stderr)
     sys.exit(status)
 
@@ -512,7 +514,7 @@ def batch_loss(model, examples, pad_id, args):
 
 
 @torch.no_grad()
-def held_out_metrics(model, examples, pad_id, args):
+def held_out_perplexity(model, examples, pad_id, args):
     """eval_loss in nats per completion token, EOS included, and eval_perplexity = exp(eval_loss)."""
     size = args.micro_batch_size
     losses = [batch_loss(model, examples[i : i + size], pad_id, args) for i in range(0, len(examples), size)]
@@ -547,7 +549,7 @@ def main(args):
         optimizer.load_state_dict(checkpoint["optimizer"])
         export_models(args, {"": model}, tokenizer)  # in case the run was killed while it did so
     else:
-        append_jsonl(args, "metrics.jsonl", {"step": 0} | held_out_metrics(model, held_out, pad_id, args))
+        append_jsonl(args, "metrics.jsonl", {"step": 0} | held_out_perplexity(model, held_out, pad_id, args))
 
     for step in tqdm(range(done + 1, args.steps + 1), "sft", args.steps, initial=done, disable=None):
         clock, metrics = time.perf_counter(), {"loss": 0.0}
@@ -564,7 +566,7 @@ def main(args):
         optimizer.zero_grad()
         metrics |= cost_metrics(total, {"seconds_update": time.perf_counter() - clock})
         if step == args.steps or (args.eval_every and step % args.eval_every == 0):
-            metrics |= held_out_metrics(model, held_out, pad_id, args)
+            metrics |= held_out_perplexity(model, held_out, pad_id, args)
         if step == args.steps:
             write_samples(step, model, held_out[:3], eos_id, tokenizer, args)
         end_step(args, step, metrics, {"": model}, tokenizer, {"optimizer": optimizer.state_dict()})

@@ -93,7 +93,7 @@ def split_words(text: str) -> list[str]:
 
 
 def quality(prompt: str, response: str) -> float:
-    """The part of the gold reward that labels see; its standard deviation is about 1.7 over the answers to a prompt.
+    """The part of the gold reward that labels see; its spread over the answers to a prompt is about 1.7.
 
     2 tanh(v / 2) + 0.9 place + 0.9 aspect - 1.2 broken - 0.4 repeated - 0.2 max(0, words - 14), where
     v              sums VALUE times the MODIFIER just before (1 if none) over words said for the first time;
