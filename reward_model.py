@@ -33,6 +33,7 @@ import datasets
 import torch
 import transformers
 from jinja2 import TemplateError
+from safetensors import SafetensorError
 from torch.nn.functional import logsigmoid
 from tqdm import tqdm
 from transformers import (
@@ -181,6 +182,8 @@ def open_split(name, splits):
         else:
             data = datasets.load_dataset(name)
         data = data if isinstance(data, dict) else {"train": data}
+        for rows in data.values():
+            rows.data.validate(full=True)  # text that is not UTF-8 shows here, else in the middle of a run
         if not {"validation", "test"} & set(data):
             rows = next(iter(data.values()))
             data = rows.train_test_split(test_size=min(len(rows) // 20 + 1, 500), shuffle=False)
@@ -203,13 +206,15 @@ def parse_row(row, tokenizer):
     if any(isinstance(value, list) for value in row.values()):
         prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         try:
-            if prompt is None or any(len(r) > 1 for r in responses):  # the last message is the response
-                prompt, *others = [r[:-1] for r in responses]
-                if any(other != prompt for other in others):
-                    raise ValueError("prompts of chosen and rejected differ")
+            whole = [r if prompt is None or r[0]["role"] != "assistant" else prompt + r for r in responses]
+            prompt, *others = [r[:-1] for r in whole] or [prompt]  # the last message is the response
+            if any(other != prompt for other in others):
+                raise ValueError("prompts of chosen and rejected differ")
+            if any(r[-1]["role"] != "assistant" for r in whole):
+                raise ValueError("the last message is not the assistant's")
             text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-            return text, [r[-1]["content"] + "" for r in responses]
-        except (KeyError, TypeError, IndexError, TemplateError):
+            return text + "", [r[-1]["content"] + "" for r in whole]
+        except (KeyError, TypeError, IndexError, AttributeError, TemplateError):
             raise ValueError("not a conversation that the chat template accepts") from None
     if prompt is None and "text" not in row:  # whole dialogues: the assistant's last turn is the response
         ends = [r.rfind("\n\nAssistant:") + len("\n\nAssistant:") for r in responses]
@@ -230,6 +235,8 @@ def end_of_turn(tokenizer):
 def encode_row(row, num_responses, tokenizer, chat, eos_id, args):
     """Token ids of a row; responses end in EOS or are cut at --response_length. ValueError: unusable."""
     prompt, responses = parse_row(row, tokenizer)
+    if chat != any(isinstance(value, list) for value in row.values()):
+        raise ValueError("text among conversations, or the reverse")
     prompt_ids = tokenizer(prompt, add_special_tokens=not chat)["input_ids"] or [eos_id]
     if len(prompt_ids) > args.prompt_length:
         raise ValueError("prompt longer than --prompt_length")
@@ -254,7 +261,8 @@ def read_examples(name, splits, num_responses, tokenizer, args, limit=None):
     expected = " or ".join("+".join(c) for c in usable)
     require(columns, f"data set {name!r} has columns {rows.column_names}", f"expected {expected}")
     rows = rows.select_columns(list(columns))
-    chat = len(rows) > 0 and any(isinstance(value, list) for value in rows[0].values())
+    first = next((row for row in rows if None not in row.values()), {})
+    chat = any(isinstance(value, list) for value in first.values())
     todo = "use a model whose tokenizer has a chat template"
     require(not chat or tokenizer.chat_template, f"{name!r} holds conversations", todo)
     eos_id = end_of_turn(tokenizer) if chat else tokenizer.eos_token_id
@@ -290,6 +298,7 @@ def load_tokenizer(name):
     except Exception as error:  # missing, broken, unknown: transformers raises many kinds
         wrong = f"cannot load a tokenizer from {name!r} ({first_line(error)})"
         raise RunError(wrong, "name a model's folder or hub id") from None
+    require(tokenizer("a")["input_ids"], f"{name!r} holds no tokenizer", "add its tokenizer files")
     require(tokenizer.eos_token_id is not None, f"the tokenizer of {name!r} has no EOS", "use another model")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return tokenizer
@@ -325,6 +334,7 @@ def prepare_model(model, name, tokenizer, args):
     require(known <= size, f"{name!r} embeds {size} of {known} tokens", "use its own tokenizer")
     with torch.no_grad():
         first = [model.eval().base_model(torch.tensor([[1, x]])).last_hidden_state[0, 0] for x in (2, 3)]
+    require(first[0].isfinite().all(), f"{name!r} has weights that are not finite", "use another model")
     require(torch.equal(*first), f"{name!r} sees later tokens", "use a decoder-only model")
     if args.dtype == "bfloat16":
         autocast = torch.autocast(torch.device(args.device).type, torch.bfloat16)
@@ -404,10 +414,10 @@ def check_args(args):
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         wrong = f"cannot use --device {args.device} ({first_line(error)})"
         raise RunError(wrong, "give cpu or cuda") from None
-    folder, elsewhere = Path(args.output_dir).absolute(), "choose another --output_dir"
+    folder, elsewhere = Path(args.output_dir).resolve(), "choose another --output_dir"
     parent = next(path for path in (folder, *folder.parents) if path.exists())
     require(parent.is_dir() and os.access(parent, os.W_OK), f"{parent} cannot be written", elsewhere)
-    inputs = [Path(getattr(args, name, None) or "").absolute() for name in INPUTS]
+    inputs = [Path(getattr(args, name, None) or "").resolve() for name in INPUTS]
     inside = any(folder in (path, *path.parents) for path in inputs)
     require(not inside, f"--output_dir {folder} holds an input", elsewhere)
     if not folder.exists() or not any(folder.iterdir()):
@@ -415,7 +425,13 @@ def check_args(args):
     require((folder / "args.json").exists(), f"{folder} holds files but no run", elsewhere)
     require(args.resume or args.overwrite, f"{folder} holds a run", f"--resume, --overwrite or {elsewhere}")
     require(not (args.resume and args.overwrite), "--resume and --overwrite are opposites", "give one")
-    before = json.loads((folder / "args.json").read_text())["args"] if args.resume else vars(args)
+    try:
+        before = json.loads((folder / "args.json").read_text())["args"] if args.resume else vars(args)
+        if args.resume and (folder / "checkpoint.pt").exists():
+            torch.load(folder / "checkpoint.pt", weights_only=True, mmap=True)
+    except Exception as error:  # not JSON, not a checkpoint, not readable
+        wrong = f"cannot read args.json and checkpoint.pt in {folder} ({first_line(error)})"
+        raise RunError(wrong, elsewhere) from None
     for name in [name for name in vars(args) if name not in MAY_CHANGE]:
         was, now = before.get(name), getattr(args, name)
         todo = f"on --resume only {', '.join(MAY_CHANGE[2:])} may change"
@@ -430,11 +446,14 @@ def open_run(args):
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)
     folder = Path(args.output_dir)
-    if args.overwrite:
-        shutil.rmtree(folder, ignore_errors=True)
+    for path in folder.glob("*") if args.overwrite else ():  # args.json stays, or this would be no run
+        shutil.rmtree(path) if path.is_dir() else path.name == "args.json" or path.unlink()
     path, checkpoint = folder / "checkpoint.pt", None
     if path.exists():
-        checkpoint = torch.load(path, map_location=args.device, weights_only=True)
+        try:
+            checkpoint = torch.load(path, map_location=args.device, weights_only=True)
+        except Exception as error:  # torch raises many kinds
+            raise RunError(f"cannot read {path} ({first_line(error)})", "give --overwrite") from None
         done = checkpoint["step"]
         require(done <= args.steps, f"{folder} has done {done} steps of {args.steps}", "raise --steps")
     folder.mkdir(parents=True, exist_ok=True)
@@ -468,7 +487,8 @@ def save_checkpoint(args, step, models, tokenizer, state):
     """
     path, new = Path(args.output_dir, "checkpoint.pt"), Path(args.output_dir, "checkpoint.pt.new")
     finite = all(p.isfinite().all() for model in models.values() for p in model.parameters())
-    require(finite, f"weights are not finite after step {step}", last_checkpoint(args), 1)
+    if not finite:
+        raise RunError(f"weights are not finite after step {step}", last_checkpoint(args), 1)
     state = state | {"step": step, "models": {name: model.state_dict() for name, model in models.items()}}
     state["log_sizes"] = {log.name: log.stat().st_size for log in path.parent.glob("*.jsonl")}
     try:
@@ -509,12 +529,14 @@ def require_finite(args, step, **values):
 
 def end_step(args, step, metrics, models, tokenizer, state):
     """Logs a finished step; saves when due, after the last, or when a signal asks to stop, and then exits."""
+    require_finite(args, step, **{name: x for name, x in metrics.items() if isinstance(x, float)})
     append_jsonl(args, "metrics.jsonl", {"step": step} | metrics)
-    if received_signals or step == args.steps or (args.save_every and step % args.save_every == 0):
+    stop = list(received_signals)  # once: a signal that comes after this line waits for the next step
+    if stop or step == args.steps or (args.save_every and step % args.save_every == 0):
         save_checkpoint(args, step, models, tokenizer, state)
-    if received_signals:
+    if stop:
         print(f"stopped after step {step} of {args.steps} and saved; go on with --resume", file=sys.stderr)
-        sys.exit(128 + received_signals[0])
+        sys.exit(128 + stop[0])
 
 
 def guard(main, args_class):
@@ -522,6 +544,7 @@ def guard(main, args_class):
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(60)  # above CRITICAL: what it reports as errors, we raise
     parser = HfArgumentParser(args_class, allow_abbrev=False)
     parser.error = lambda message: require(False, message, "see --help")
     parse = {"look_for_args_file": False, "return_remaining_strings": True}
@@ -533,11 +556,12 @@ def guard(main, args_class):
         message, status = error, error.status
     except torch.OutOfMemoryError:
         message, status = "out of memory; lower --micro_batch_size or lengths, or use --dtype bfloat16", 1
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         message, status = f"{first_line(error)}; make room or mend the permissions, and go on", 1
     except KeyboardInterrupt:
         message, status = "interrupted; what was saved is kept", 130
-    print(f"error: {message}", file=sys.stderr)
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in f"error: {message}")
+    print(line, file=sys.stderr)
     sys.exit(status)
 
 

