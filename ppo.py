@@ -87,7 +87,7 @@ class Args:
     dtype: Literal["float32", "bfloat16"] = flag(
         "float32", "bfloat16: autocast; trained weights stay in float32"
     )
-    learning_rate: float = flag(5e-4, "of the policy; AdamW, falls linearly to 0; 5e-7 for 7B in [Secrets]")
+    learning_rate: float = flag(4e-4, "of the policy; AdamW, falls linearly to 0; 5e-7 for 7B in [Secrets]")
     critic_learning_rate: float = flag(1e-3, "of the critic, falls likewise; 1.65e-6 for 7B in [Secrets]")
     steps: int = flag(120, "rollouts in all; may be raised on --resume")
     prompts_per_step: int = flag(64, "B, prompts per rollout: the experience buffer, better small [Secrets]")

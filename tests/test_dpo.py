@@ -342,7 +342,15 @@ def test_a_run_keeps_its_promises_and_resumes_bit_for_bit(mode, chain, tmp_path,
     assert [rows[1]["margin"], rows[0]["eval_kl"]] == pytest.approx([0, 0], abs=1e-5)
     assert abs(rows[2]["margin"]) > 1e-3 and rows[4]["eval_kl_exact"] > 1e-3, "the reference stays behind"
 
-    train(chain, halves, monkeypatch, "--steps", 2, *flags)
+    end_step = dpo.end_step
+
+    def interrupt(args, step, *rest):
+        dpo.received_signals[:] = [15] if step == 2 else []
+        end_step(args, step, *rest)
+
+    monkeypatch.setattr(dpo, "end_step", interrupt)
+    with pytest.raises(SystemExit):
+        train(chain, halves, monkeypatch, "--steps", 4, *flags)
     resumed = train(chain, halves, monkeypatch, "--steps", 4, "--resume", *flags)
     assert (halves / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
     assert (halves / "samples.jsonl").read_bytes() == (whole / "samples.jsonl").read_bytes()
