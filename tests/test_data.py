@@ -295,6 +295,21 @@ def test_every_unusable_row_is_counted_by_reason(tmp_path, capsys):
     }
 
 
+def test_dialogues_that_cannot_be_used(tmp_path, capsys):
+    """HH-RLHF style: another prompt, a prompt cut elsewhere, no turn of the assistant, nothing said in it."""
+    good = {"chosen": HH + " yes", "rejected": HH + " no"}
+    bad = [
+        {"rejected": HH[1:] + " no"},
+        {"rejected": HH + " no" + HH + " yes"},
+        {"chosen": "yes", "rejected": "no"},
+    ]
+    rows = [good, *(good | change for change in bad), good | {"chosen": HH}, good | {"rejected": HH + " "}]
+    split_files(tmp_path, "jsonl", {"train": rows, "test": rows})
+    examples, _ = read(tmp_path, 2)
+    assert counts(capsys) == (1, 6, {"prompts of chosen and rejected differ": 3, "empty response": 2})
+    assert examples[0]["prompt"] == HH
+
+
 def test_limit_stops_reading(tmp_path, capsys):
     split_files(
         tmp_path,
