@@ -334,7 +334,7 @@ CASES = [
     case("discount above 1", ["--gamma 1.5"], ("ppo",), gamma=1.5),
     # flags
     case("unknown flag", ["--nonsense"], extra=["--nonsense", "1"]),
-    case("abbreviated flag", ["--learning"], extra=["--learning", "1"]),
+    case("abbreviated flag", ["--see"], extra=["--see", "1"]),
     case("unknown word", ["word"], extra=["word"]),
     case("control characters", ["unknown argument"], extra=["--a\x1b[2J\nb"]),
     case("missing value", ["--seed"], extra=["--seed"]),
