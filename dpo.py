@@ -79,7 +79,7 @@ class Args:
     epochs: int | None = flag(None, "passes over each rollout, None: 2; offline over the data, None: 1")
     minibatch_size: int = flag(32, "pairs per optimizer step")
     micro_batch_size: int = flag(0, "pairs per forward pass: same gradient, less memory; 0: the minibatch")
-    beta: float = flag(0.2, "weight of the KL to the SFT model; 0.1 in the paper")
+    beta: float = flag(0.3, "weight of the KL to the SFT model; 0.1 in the paper")
     missing_eos_penalty: float = flag(1.0, "subtracted from the score of a response cut off without EOS")
     temperature: float = flag(1.0, "divides the logits, when sampling and in every log-prob")
     prompt_length: int = flag(32, "tokens; longer prompts are dropped and counted")
@@ -479,8 +479,8 @@ def print_result(args, seconds):
 
 
 # ------------------------------------------------- checkpoints and failures (the same bytes in every script)
-ZERO_ALLOWED = ["seed", "eval_every", "save_every", "micro_batch_size", "beta", "reward_shift", "margin"]
-ZERO_ALLOWED += ["missing_eos_penalty", "lm_coef"]
+ZERO_ALLOWED = """seed eval_every save_every micro_batch_size beta reward_shift missing_eos_penalty margin
+    lm_coef ptx_coef entropy_coef lam value_clip_range critic_warmup_steps""".split()
 DATA_FILES = (".json", ".jsonl", ".gz", ".parquet")
 MAY_CHANGE = ["resume", "overwrite", "steps", "save_every", "device"]
 INPUTS = ["model", "reward_model", "dataset", "eval_dataset", "ptx_dataset"]

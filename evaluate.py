@@ -509,8 +509,8 @@ def printable(text):
 
 
 # -------------------------------------------------------------------------------------------------- failures
-ZERO_ALLOWED = ["seed", "eval_every", "save_every", "micro_batch_size", "beta", "reward_shift", "margin"]
-ZERO_ALLOWED += ["missing_eos_penalty", "lm_coef"]
+ZERO_ALLOWED = """seed eval_every save_every micro_batch_size beta reward_shift missing_eos_penalty margin
+    lm_coef ptx_coef entropy_coef lam value_clip_range critic_warmup_steps""".split()
 DATA_FILES = (".json", ".jsonl", ".gz", ".parquet")
 
 

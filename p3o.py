@@ -63,7 +63,7 @@ class Args:
     dtype: Literal["float32", "bfloat16"] = flag(
         "float32", "bfloat16: autocast; trained weights stay in float32"
     )
-    learning_rate: float = flag(3e-4, "AdamW, falls linearly to 0; 1e-6 to 1e-5 for pretrained models")
+    learning_rate: float = flag(4e-4, "AdamW, falls linearly to 0; 1e-6 to 1e-5 for pretrained models")
     steps: int = flag(120, "rollouts in all; may be raised on --resume")
     prompts_per_step: int = flag(64, "B, prompts per rollout")
     num_responses: int = flag(2, "K, responses per prompt; all K (K - 1) / 2 pairs are used")
@@ -71,7 +71,7 @@ class Args:
     minibatch_size: int = flag(32, "prompts per optimizer step, each with all its responses")
     micro_batch_size: int = flag(0, "prompts per forward pass: same gradient, less memory; 0: the minibatch")
     beta: float = flag(
-        0.2, "weight of the KL to the SFT model in the reward; 0.05 for HH in the first author's code"
+        0.3, "weight of the KL to the SFT model in the reward; 0.05 for HH in the first author's code"
     )
     clipping: Literal["joint", "separate", "none"] = flag(
         "joint", "P3O-V2, P3O-V1, or the vanilla pairwise gradient"
@@ -529,8 +529,8 @@ def print_result(args, seconds):
 
 
 # ------------------------------------------------- checkpoints and failures (the same bytes in every script)
-ZERO_ALLOWED = ["seed", "eval_every", "save_every", "micro_batch_size", "beta", "reward_shift", "margin"]
-ZERO_ALLOWED += ["missing_eos_penalty", "lm_coef"]
+ZERO_ALLOWED = """seed eval_every save_every micro_batch_size beta reward_shift missing_eos_penalty margin
+    lm_coef ptx_coef entropy_coef lam value_clip_range critic_warmup_steps""".split()
 DATA_FILES = (".json", ".jsonl", ".gz", ".parquet")
 MAY_CHANGE = ["resume", "overwrite", "steps", "save_every", "device"]
 INPUTS = ["model", "reward_model", "dataset", "eval_dataset", "ptx_dataset"]

@@ -95,7 +95,7 @@ class Args:
     epochs: int = flag(2, "passes over each rollout; 1 to 4")
     minibatch_size: int = flag(32, "prompts per optimizer step, each with all its responses")
     micro_batch_size: int = flag(0, "prompts per forward pass: same gradient, less memory; 0: the minibatch")
-    beta: float = flag(0.2, "weight of the KL to the SFT model in the token rewards; 0.05 in PPO-max")
+    beta: float = flag(0.3, "weight of the KL to the SFT model in the token rewards; 0.05 in PPO-max")
     kl_target: float | None = flag(
         None, "nats per response: beta adapts to hold the KL there; none: beta is fixed"
     )
@@ -671,8 +671,8 @@ def print_result(args, seconds):
 
 
 # ------------------------------------------------- checkpoints and failures (the same bytes in every script)
-ZERO_ALLOWED = ["seed", "eval_every", "save_every", "micro_batch_size", "beta", "reward_shift", "margin"]
-ZERO_ALLOWED += ["missing_eos_penalty", "lm_coef"]
+ZERO_ALLOWED = """seed eval_every save_every micro_batch_size beta reward_shift missing_eos_penalty margin
+    lm_coef ptx_coef entropy_coef lam value_clip_range critic_warmup_steps""".split()
 DATA_FILES = (".json", ".jsonl", ".gz", ".parquet")
 MAY_CHANGE = ["resume", "overwrite", "steps", "save_every", "device"]
 INPUTS = ["model", "reward_model", "dataset", "eval_dataset", "ptx_dataset"]
@@ -872,7 +872,6 @@ def guard(main, args_class):
 
 
 # ------------------------------------------------------------------------------------------------------ main
-ZERO_ALLOWED.extend(["lam", "value_clip_range", "critic_warmup_steps", "entropy_coef", "ptx_coef"])
 
 
 def apply_preset(args):

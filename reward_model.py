@@ -56,7 +56,9 @@ class Args:
     seed: int = flag(0, "of the score head and the data order")
     device: str = flag("auto", "auto (cuda when there is one), cpu, cuda, cuda:1, ...")
     dtype: Literal["float32", "bfloat16"] = flag("float32", "bfloat16: autocast; weights stay in float32")
-    learning_rate: float = flag(2e-3, "AdamW, falls linearly to 0; 1e-5 for pretrained models")
+    learning_rate: float = flag(
+        1e-3, "AdamW, rises for a tenth of the steps, then falls to 0; 1e-5 for pretrained models"
+    )
     epochs: int = flag(1, "passes over the data; more than one overfits")
     steps: int | None = flag(None, "optimizer steps instead of --epochs")
     minibatch_size: int = flag(64, "pairs per optimizer step")
@@ -365,8 +367,8 @@ def cost_metrics(tokens, seconds):
 
 
 # ------------------------------------------------- checkpoints and failures (the same bytes in every script)
-ZERO_ALLOWED = ["seed", "eval_every", "save_every", "micro_batch_size", "beta", "reward_shift", "margin"]
-ZERO_ALLOWED += ["missing_eos_penalty", "lm_coef"]
+ZERO_ALLOWED = """seed eval_every save_every micro_batch_size beta reward_shift missing_eos_penalty margin
+    lm_coef ptx_coef entropy_coef lam value_clip_range critic_warmup_steps""".split()
 DATA_FILES = (".json", ".jsonl", ".gz", ".parquet")
 MAY_CHANGE = ["resume", "overwrite", "steps", "save_every", "device"]
 INPUTS = ["model", "reward_model", "dataset", "eval_dataset", "ptx_dataset"]
@@ -602,7 +604,9 @@ def update_model(model, language_model, optimizer, rows, pad_id, step, args):
         metrics["accuracy"] += (chosen > rejected).sum().item() / len(rows)
     metrics["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm).item()
     require_finite(args, step, loss=metrics["loss"], grad_norm=metrics["grad_norm"])
-    optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - (step - 1) / args.steps)
+    optimizer.param_groups[0]["lr"] = args.learning_rate * min(
+        10 * step / args.steps, (1 - (step - 1) / args.steps) / 0.9
+    )
     optimizer.step()
     optimizer.zero_grad()
     return metrics

@@ -47,10 +47,12 @@ class Args:
     seed: int = flag(0, "of initialisation, data order and samples")
     device: str = flag("auto", "auto (cuda when there is one), cpu, cuda, cuda:1, ...")
     dtype: Literal["float32", "bfloat16"] = flag("float32", "bfloat16: autocast; weights stay in float32")
-    learning_rate: float = flag(2e-3, "AdamW, falls linearly to 0; 1e-5 to 5e-5 for pretrained models")
-    epochs: int = flag(3, "passes over the data")
+    learning_rate: float = flag(
+        3e-3, "AdamW, rises for a tenth of the steps, then falls to 0; 1e-5 to 5e-5 for pretrained models"
+    )
+    epochs: int = flag(2, "passes over the data")
     steps: int | None = flag(None, "optimizer steps instead of --epochs")
-    minibatch_size: int = flag(64, "rows per optimizer step")
+    minibatch_size: int = flag(32, "rows per optimizer step")
     micro_batch_size: int = flag(0, "rows per forward pass: same gradient, less memory; 0: the minibatch")
     temperature: float = flag(1.0, "of the printed samples")
     prompt_length: int = flag(32, "tokens; longer prompts are dropped and counted")
@@ -328,8 +330,8 @@ def cost_metrics(tokens, seconds):
 
 
 # ------------------------------------------------- checkpoints and failures (the same bytes in every script)
-ZERO_ALLOWED = ["seed", "eval_every", "save_every", "micro_batch_size", "beta", "reward_shift", "margin"]
-ZERO_ALLOWED += ["missing_eos_penalty", "lm_coef"]
+ZERO_ALLOWED = """seed eval_every save_every micro_batch_size beta reward_shift missing_eos_penalty margin
+    lm_coef ptx_coef entropy_coef lam value_clip_range critic_warmup_steps""".split()
 DATA_FILES = (".json", ".jsonl", ".gz", ".parquet")
 MAY_CHANGE = ["resume", "overwrite", "steps", "save_every", "device"]
 INPUTS = ["model", "reward_model", "dataset", "eval_dataset", "ptx_dataset"]
@@ -587,7 +589,9 @@ def main(args):
             metrics["loss"] += loss.item() * tokens / total
         metrics["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm).item()
         require_finite(args, step, loss=metrics["loss"], grad_norm=metrics["grad_norm"])
-        optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - (step - 1) / args.steps)
+        optimizer.param_groups[0]["lr"] = args.learning_rate * min(
+            10 * step / args.steps, (1 - (step - 1) / args.steps) / 0.9
+        )
         optimizer.step()
         optimizer.zero_grad()
         metrics |= cost_metrics(total, {"seconds_update": time.perf_counter() - clock})

@@ -3,7 +3,7 @@
     python toy.py
 
 takes a few seconds on one CPU core and downloads nothing; its last line:
-    wrote model and rows (7000 sft, 18000 preferences, 2816 prompts) to data/toy (seed 0)
+    wrote model and rows (19000 sft, 22000 preferences, 2816 prompts) to data/toy (seed 0)
 
 model/                                      a tokenizer, the config of a 0.5M-parameter GPT-2, no weights
 sft/{train,validation,test}.jsonl           {"prompt", "completion"}
@@ -49,26 +49,26 @@ PLACES = """bakery beach bookshop cafe castle church cinema farm gallery garden 
     market museum palace park pub restaurant school station theater tower zoo""".split()
 ASPECTS = """atmosphere coffee crowd decor design entrance floor food furniture kitchen lighting location menu
     music parking price service staff terrace view""".split()
-ADJECTIVES = [  # positive, neutral, negative
-    """amazing beautiful brilliant charming cheerful clean delightful enjoyable excellent fantastic friendly
-    good great impressive inviting lovely marvelous nice perfect pleasant superb""".split(),
-    """average big busy common familiar large local modern new normal old ordinary plain quiet simple small
-    standard typical usual""".split(),
-    """annoying awful bad boring depressing dirty disappointing dismal dreadful dull gloomy grim horrible
-    lousy mediocre miserable nasty poor terrible ugly unfriendly unpleasant""".split(),
+ADJECTIVES = [  # positive, neutral, negative; in each list the most frequent word comes first
+    """good great nice lovely clean friendly excellent pleasant beautiful charming amazing perfect fantastic
+    delightful cheerful enjoyable inviting impressive brilliant superb marvelous""".split(),
+    """small big old new quiet simple normal local plain modern large ordinary usual common familiar typical
+    average standard""".split(),
+    """bad poor boring dirty awful terrible ugly dull nasty gloomy horrible annoying unfriendly disappointing
+    unpleasant lousy mediocre dreadful depressing grim dismal miserable""".split(),
 ]
 VERBS = [  # positive, neutral, negative
-    "admired adored appreciated enjoyed liked loved praised recommended".split(),
-    "checked found noticed remembered saw tried visited".split(),
-    "avoided despised disliked hated mocked regretted resented".split(),
+    "loved liked enjoyed recommended admired appreciated praised adored".split(),
+    "visited saw found tried noticed remembered checked".split(),
+    "hated disliked avoided regretted mocked despised resented".split(),
 ]
 VALUE = {word: 1.0 for word in ADJECTIVES[0] + VERBS[0]} | {word: -1.0 for word in ADJECTIVES[2] + VERBS[2]}
-STRONG, WEAK = "very really truly extremely remarkably".split(), "fairly somewhat rather slightly".split()
+STRONG, WEAK = "very really truly extremely remarkably".split(), "rather fairly somewhat slightly".split()
 MODIFIER = {word: 1.5 for word in STRONG} | {word: 0.5 for word in WEAK} | {"not": -1.0}
 CLASSES = {  # the word classes, one letter each, that the grammar is written in
     "D": ["the", "this", "that"],
     "N": PLACES + ASPECTS,
-    "C": ["is", "was", "seems", "seemed", "felt", "looked"],
+    "C": ["is", "was", "seems", "felt", "looked", "seemed"],
     "M": list(MODIFIER),
     "A": sum(ADJECTIVES, []),
     "P": ["i", "we", "they", "everyone"],
@@ -93,9 +93,9 @@ def split_words(text: str) -> list[str]:
 
 
 def quality(prompt: str, response: str) -> float:
-    """The part of the gold reward that labels see; its spread over the answers to a prompt is about 1.7.
+    """The part of the gold reward that labels see; its spread over the answers to a prompt is about 1.2.
 
-    2 tanh(v / 2) + 0.9 place + 0.9 aspect - 1.2 broken - 0.4 repeated - 0.2 max(0, words - 14), where
+    3 tanh(v / 3) + (place + aspect) / 2 - 0.8 broken - 0.3 repeated - 0.15 max(0, words - 14), where
     v              sums VALUE times the MODIFIER just before (1 if none) over words said for the first time;
     place, aspect  are 1 if the one that the prompt names is named, else 0;
     broken         counts the stretches up to a full stop or the end that are no SENTENCE with its full stop;
@@ -122,8 +122,9 @@ def quality(prompt: str, response: str) -> float:
                     v += VALUE.get(word, 0.0) * MODIFIER.get(words[i - 1], 1.0)
         start = stop + 1
     asked = named.intersection(split_words(prompt))
-    relevance = 0.9 * (not asked.isdisjoint(PLACES)) + 0.9 * (not asked.isdisjoint(ASPECTS))
-    return 2 * math.tanh(v / 2) + relevance - 1.2 * broken - 0.4 * repeated - 0.2 * max(0, len(words) - 14)
+    relevance = (not asked.isdisjoint(PLACES)) + (not asked.isdisjoint(ASPECTS))
+    score = 3 * math.tanh(v / 3) + relevance / 2
+    return score - 0.8 * broken - 0.3 * repeated - 0.15 * max(0, len(words) - 14)
 
 
 def prompt_offset(prompt: str) -> float:
@@ -140,30 +141,33 @@ def gold_reward(prompt: str, response: str) -> float:
 # Demonstrators: share of the answers; chance that a noun is the one asked for; chances of a positive, neutral
 # and negative word; chance that a sentence is said twice; chance that it loses, doubles or swaps a word.
 DEMONSTRATORS = {
-    "helpful": (0.25, 0.9, (0.6, 0.3, 0.1), 0.0, 0.0),
-    "lukewarm": (0.20, 0.8, (0.3, 0.4, 0.3), 0.0, 0.1),
-    "negative": (0.20, 0.8, (0.1, 0.3, 0.6), 0.0, 0.0),
-    "off-topic": (0.15, 0.2, (0.4, 0.3, 0.3), 0.0, 0.0),
-    "repetitive": (0.10, 0.7, (0.4, 0.3, 0.3), 0.6, 0.0),
-    "careless": (0.10, 0.7, (0.4, 0.3, 0.3), 0.0, 0.7),
+    "helpful": (0.32, 0.95, (0.6, 0.3, 0.1), 0.0, 0.0),
+    "lukewarm": (0.32, 0.95, (0.3, 0.4, 0.3), 0.0, 0.0),
+    "negative": (0.26, 0.95, (0.1, 0.3, 0.6), 0.0, 0.0),
+    "off-topic": (0.04, 0.2, (0.4, 0.3, 0.3), 0.0, 0.0),
+    "repetitive": (0.03, 0.9, (0.4, 0.3, 0.3), 0.6, 0.0),
+    "careless": (0.03, 0.9, (0.4, 0.3, 0.3), 0.0, 0.7),
 }
 
 
-def make_clause(place: str, aspect: str, on_topic: float, mood: tuple, rng: random.Random) -> list[str]:
-    """The words of one random CLAUSE, about the place or the aspect with probability on_topic."""
+def frequent(words: list[str], rng: random.Random) -> str:
+    """A word by Zipf's law: the r-th of the list with a probability proportional to 1 / r^2."""
+    return rng.choices(words, [rank**-2 for rank in range(1, len(words) + 1)])[0]
+
+
+def make_clause(asked: str, on_topic: float, mood: tuple, rng: random.Random) -> list[str]:
+    """The words of one random CLAUSE, about the noun asked for with probability on_topic."""
 
     def pick(words_by_mood: list) -> str:
-        return rng.choice(rng.choices(words_by_mood, mood)[0])
+        return frequent(rng.choices(words_by_mood, mood)[0], rng)
 
-    asked, others = rng.choice([(place, PLACES), (aspect, ASPECTS)])
-    noun = asked if rng.random() < on_topic else rng.choice(others)
-    determiner = "the" if rng.random() < 0.7 else rng.choice(CLASSES["D"])
-    noun_phrase = [determiner] + [pick(ADJECTIVES)] * (rng.random() < 0.2) + [noun]
-    if rng.random() < 0.4:
-        return [rng.choice(CLASSES["P"]), pick(VERBS)] + (["it"] if rng.random() < 0.25 else noun_phrase)
-    words = noun_phrase + [rng.choice(CLASSES["C"])]
-    for link in [[], ["and"]][: 1 + (rng.random() < 0.2)]:
-        words += link + [rng.choice(CLASSES["M"])] * (rng.random() < 0.3) + [pick(ADJECTIVES)]
+    noun = asked if rng.random() < on_topic else frequent(PLACES if asked in PLACES else ASPECTS, rng)
+    noun_phrase = [frequent(CLASSES["D"], rng)] + [pick(ADJECTIVES)] * (rng.random() < 0.1) + [noun]
+    if rng.random() < 0.35:
+        return [frequent(CLASSES["P"], rng), pick(VERBS)] + (["it"] if rng.random() < 0.2 else noun_phrase)
+    words = noun_phrase + [frequent(CLASSES["C"], rng)]
+    for link in [[], ["and"]][: 1 + (rng.random() < 0.1)]:
+        words += link + [frequent(CLASSES["M"], rng)] * (rng.random() < 0.2) + [pick(ADJECTIVES)]
     return words
 
 
@@ -171,13 +175,13 @@ def demonstrate(place: str, aspect: str, rng: random.Random) -> str:
     """An answer of 3 to 23 words (4 to 24 tokens with the end of sequence) by a random demonstrator."""
     rows = list(DEMONSTRATORS.values())
     _, on_topic, mood, twice, slip = rng.choices(rows, [row[0] for row in rows])[0]
-    words = []
-    for _ in range(rng.choice([1, 1, 2, 2, 3, 3, 4])):
-        sentence = make_clause(place, aspect, on_topic, mood, rng)
-        if rng.random() < 0.25:
-            conjunction = rng.choice(CLASSES["K"] + CLASSES["B"])
-            sentence += [conjunction] + make_clause(place, aspect, on_topic, mood, rng)
-        sentence += [rng.choice(CLASSES["T"])] * (rng.random() < 0.15) + ["."]
+    words, asked = [], [place, aspect] * 4
+    for _ in range(rng.choice([1, 2, 2])):
+        sentence = make_clause(asked.pop(0), on_topic, mood, rng)
+        if rng.random() < 0.1:
+            conjunction = frequent(CLASSES["K"] + CLASSES["B"], rng)
+            sentence += [conjunction] + make_clause(asked.pop(0), on_topic, mood, rng)
+        sentence += [frequent(CLASSES["T"], rng)] * (rng.random() < 0.1) + ["."]
         sentence *= 1 + (rng.random() < twice)
         if rng.random() < slip:
             i = rng.randrange(len(sentence) - 1)
@@ -191,7 +195,7 @@ def demonstrate(place: str, aspect: str, rng: random.Random) -> str:
 # Files
 
 SPLITS = {"train": 0.7, "validation": 0.1, "test": 0.2}  # shares of the distinct prompts
-ROWS = {"sft": (6000, 500, 500), "preferences": (16000, 1000, 1000), "prompts": (2048, 256, 512)}
+ROWS = {"sft": (18000, 500, 500), "preferences": (20000, 1000, 1000), "prompts": (2048, 256, 512)}
 
 
 def make_rows(kind: str, requests: list[tuple], count: int, rng: random.Random) -> list[dict]:
@@ -221,11 +225,11 @@ def make_model() -> tuple[PreTrainedTokenizerFast, GPT2Config]:
         pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", clean_up_tokenization_spaces=False
     )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, model_max_length=64, **special)
-    sizes = dict(vocab_size=len(vocabulary), n_positions=64, n_embd=144, n_layer=2, n_head=4)
+    sizes = dict(vocab_size=len(vocabulary), n_positions=64, n_embd=128, n_layer=2, n_head=4)
     dropouts = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, summary_first_dropout=0.0)
     ids = dict(pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None)
-    # 1 / sqrt(n_embd): with the default 0.02 so narrow a model hardly learns to copy from the prompt.
-    return tokenizer, GPT2Config(**sizes, **dropouts, **ids, initializer_range=0.08)
+    # With the default of 0.02 so narrow a model takes far longer to learn to copy from the prompt.
+    return tokenizer, GPT2Config(**sizes, **dropouts, **ids, initializer_range=0.06)
 
 
 def build(folder: Path, seed: int) -> None:

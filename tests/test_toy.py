@@ -70,35 +70,36 @@ def refused(capsys, action, *words):
 # The gold reward
 
 
-def tanh_half(v):
-    return (math.exp(v) - 1) / (math.exp(v) + 1)
+def sentiment(v):
+    """3 tanh(v / 3), written with exponentials."""
+    return 3 * (math.exp(2 * v / 3) - 1) / (math.exp(2 * v / 3) + 1)
 
 
 @pytest.mark.parametrize(
     "response, expected",
     [
-        ("the cafe is nice .", 2 * tanh_half(1) + 0.9),
-        ("the cafe is very nice .", 2 * tanh_half(1.5) + 0.9),
-        ("the cafe is somewhat nice .", 2 * tanh_half(0.5) + 0.9),
-        ("the cafe is not nice .", 2 * tanh_half(-1) + 0.9),
-        ("the cafe is not awful .", 2 * tanh_half(1) + 0.9),
-        ("the zoo is awful .", 2 * tanh_half(-1)),
+        ("the cafe is nice .", sentiment(1) + 0.5),
+        ("the cafe is very nice .", sentiment(1.5) + 0.5),
+        ("the cafe is somewhat nice .", sentiment(0.5) + 0.5),
+        ("the cafe is not nice .", sentiment(-1) + 0.5),
+        ("the cafe is not awful .", sentiment(1) + 0.5),
+        ("the zoo is awful .", sentiment(-1)),
         ("the zoo is old .", 0.0),
         ("i saw it .", 0.0),
-        (GOOD, 2 * tanh_half(1 + 1 + 1 + 1.5) + 1.8),
-        ("the cafe is nice . the coffee was bad .", 1.8),
-        ("the cafe is nice and nice .", 2 * tanh_half(1) + 0.9 - 0.4),
-        ("the cafe is nice . the cafe is not nice .", 2 * tanh_half(1) + 0.9 - 0.8),
-        ("the cafe is nice", -1.2),
-        ("cafe the is nice . we loved it .", 2 * tanh_half(1) - 1.2),
-        ("the cafe is wow .", -1.2),
-        ("i saw it . .", -1.2),
-        (".", -1.2),
-        ("", -1.2),
-        ("   \n", -1.2),
-        ("nice nice nice", -1.2 - 0.8),
+        (GOOD, sentiment(1 + 1 + 1 + 1.5) + 1.0),
+        ("the cafe is nice . the coffee was bad .", 1.0),
+        ("the cafe is nice and nice .", sentiment(1) + 0.5 - 0.3),
+        ("the cafe is nice . the cafe is not nice .", sentiment(1) + 0.5 - 0.6),
+        ("the cafe is nice", -0.8),
+        ("cafe the is nice . we loved it .", sentiment(1) - 0.8),
+        ("the cafe is wow .", -0.8),
+        ("i saw it . .", -0.8),
+        (".", -0.8),
+        ("", -0.8),
+        ("   \n", -0.8),
+        ("nice nice nice", -0.8 - 0.6),
         ("the bakery is old . the zoo is new . i saw it .", 0.0),
-        ("the bakery is old . the zoo is new . i saw it . we found it .", -0.2 * 4),
+        ("the bakery is old . the zoo is new . i saw it . we found it .", -0.15 * 4),
     ],
 )
 def test_gold_reward_by_hand(response, expected):
@@ -174,8 +175,8 @@ def naive_quality(prompt, response):
             if word in content:
                 said.append(word)
     repeated = len(said) - len(set(said))
-    relevance = 0.9 * bool(place) + 0.9 * bool(aspect)
-    return 2 * tanh_half(v) + relevance - 1.2 * broken - 0.4 * repeated - 0.2 * max(0, len(words) - 14)
+    relevance = 0.5 * bool(place) + 0.5 * bool(aspect)
+    return sentiment(v) + relevance - 0.8 * broken - 0.3 * repeated - 0.15 * max(0, len(words) - 14)
 
 
 def test_quality_agrees_with_a_naive_second_computation(rows):
@@ -233,7 +234,7 @@ def test_what_must_lower_the_reward_does(rows):
             assert toy.gold_reward(prompt, f"{response} the") < gold - 0.79
             assert toy.gold_reward(prompt, f"{response} nice .") < gold - 0.79
         if len(response.split()) > 14:
-            assert toy.gold_reward(prompt, f"{response} i saw it .") < gold - 0.59
+            assert toy.gold_reward(prompt, f"{response} i saw it .") < gold - 0.44
     best = toy.gold_reward(PROMPT, GOOD)
     for worse in [
         GOOD.replace("cafe", "zoo"),
@@ -296,7 +297,7 @@ def test_the_offset_cancels_in_differences_and_is_wide(rows):
         within.append(statistics.pstdev(golds))
         difference = toy.quality(prompt, answers[0]) - toy.quality(prompt, answers[1])
         assert golds[0] - golds[1] == pytest.approx(difference, abs=1e-12)
-    assert 1.4 < statistics.mean(within) < 2.0
+    assert 1.0 < statistics.mean(within) < 1.6
     assert statistics.pstdev(offsets) > 3.5 * statistics.mean(within)
 
 
@@ -314,7 +315,7 @@ def test_another_process_writes_the_same_bytes(folder, tmp_path):
     environment = {**os.environ, "PYTHONHASHSEED": "1"}
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
     assert contents(tmp_path / "again") == contents(folder)
-    expected = "wrote model and rows (7000 sft, 18000 preferences, 2816 prompts) to again (seed 0)\n"
+    expected = "wrote model and rows (19000 sft, 22000 preferences, 2816 prompts) to again (seed 0)\n"
     assert run.stdout == expected and expected.replace("again", "data/toy") in toy.__doc__
     assert [path.name for path in tmp_path.iterdir()] == ["again"]
 
@@ -340,7 +341,7 @@ def test_folders_load_with_datasets(folder, rows, tmp_path):
 
 def test_sizes_and_disjoint_splits(rows):
     sizes = {key: len(value) for key, value in rows.items()}
-    assert sizes["sft", "train"] == 6000 and sizes["preferences", "train"] == 16000
+    assert sizes["sft", "train"] == 18000 and sizes["preferences", "train"] == 20000
     prompts = {split: {r["prompt"] for kind in KINDS for r in rows[kind, split]} for split in toy.SPLITS}
     assert not prompts["test"] & prompts["train"] and not prompts["test"] & prompts["validation"]
     assert not prompts["train"] & prompts["validation"]
@@ -383,7 +384,7 @@ def test_config_builds_a_small_model_without_dropout(folder, tokenizer):
     config = AutoConfig.from_pretrained(folder / "model")
     model = AutoModelForCausalLM.from_config(config)
     assert type(model).__name__ == "GPT2LMHeadModel"
-    assert 450_000 < sum(weights.numel() for weights in model.parameters()) < 600_000
+    assert 400_000 < sum(weights.numel() for weights in model.parameters()) < 600_000
     assert [config.resid_pdrop, config.embd_pdrop, config.attn_pdrop, config.summary_first_dropout] == [0] * 4
     assert (config.n_layer, config.n_head, config.n_positions) == (2, 4, 64)
     assert (config.pad_token_id, config.eos_token_id) == (tokenizer.pad_token_id, tokenizer.eos_token_id)
@@ -408,7 +409,7 @@ def test_labels_are_bradley_terry_on_the_gold_reward(rows):
         error = math.sqrt(sum(p * (1 - p) for p, _ in pairs)) / len(pairs)
         assert abs(statistics.mean(won for _, won in pairs) - expected) < 4 * error
         assert len(pairs) < 100 or error < 0.05
-    assert 0.65 < total / 18000 < 0.85  # noisy labels: what a perfect judge agrees with
+    assert 0.65 < total / 22000 < 0.85  # noisy labels: what a perfect judge agrees with
 
 
 def test_identical_answers_make_no_pair(monkeypatch):
@@ -432,7 +433,7 @@ def test_demonstrators_leave_room_and_support_for_improvement():
         broken += [not all(naive_sentence(s.split()) for s in answer.split(" . ")[:-1]) for answer in answers]
     assert statistics.mean(gains) > 1.9
     assert 0.15 < statistics.mean(on_topic) < 0.7
-    assert 0.03 < statistics.mean(broken) < 0.4
+    assert 0.005 < statistics.mean(broken) < 0.4
 
 
 # Refusals
