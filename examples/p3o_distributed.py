@@ -1,0 +1,93 @@
+"""P3O inside a distributed trainer: data parallel over processes, with the functions of p3o.py.
+
+    torchrun --nproc_per_node 2 examples/p3o_distributed.py --output_dir out/p3o_distributed
+
+takes the flags of p3o.py. What P3O asks of a distributed trainer is little, and marked (1) to (4) below:
+
+(1) Every process draws responses of its own: another seed, other prompts of the same batch.
+(2) All K responses to a prompt stay on one process, so that no pair is split; rewards need no communication,
+    for P3O has no statistics over the batch to share: no reward normalisation, no whitening, no critic.
+(3) Equal shares, and a loss that is a mean over prompts: gradients averaged over processes are the whole one.
+(4) One process logs and saves.
+
+Left out: --resume. With one process the result is, bit for bit, that of p3o.py without evaluations.
+"""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from transformers import AutoModelForCausalLM
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # p3o.py; or paste what is used here
+import p3o  # noqa: E402
+
+
+def mean_over_processes(metrics, device):
+    """Every value averaged over the processes; the largest of log_ratio_max."""
+    values = torch.tensor(list(metrics.values()), device=device, dtype=torch.float64)
+    largest = values.clone()
+    dist.all_reduce(values)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    means = dict(zip(metrics, (values / dist.get_world_size()).tolist()))
+    return means | {"log_ratio_max": dict(zip(metrics, largest.tolist()))["log_ratio_max"]}
+
+
+def main(args):
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if args.device == "auto" and torch.cuda.is_available():
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(args.device)
+    p3o.check_args(args)
+    p3o.require("RANK" in os.environ, "there is no process group", "start this with torchrun")
+    p3o.require(
+        args.minibatch_size % world == 0, f"{world} processes do not divide a minibatch", "use others"
+    )
+    p3o.require(not args.resume, "--resume is not in this example", "use p3o.py")
+    args.minibatch_size //= world  # (3)
+    args.micro_batch_size = min(args.micro_batch_size, args.minibatch_size)
+    dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
+    K = args.num_responses
+    tokenizer = p3o.load_tokenizer(args.model)
+    prompts, eos_id = p3o.read_examples(args.dataset, ["train"], 0, tokenizer, args)
+    policy, reference = (p3o.load_model(AutoModelForCausalLM, args.model, tokenizer, args) for _ in range(2))
+    reward_model = p3o.load_reward_model(args.reward_model, tokenizer, args)
+    models = policy, reference.requires_grad_(False), *reward_model
+    parallel = DistributedDataParallel(policy)  # averages the gradients of the processes in backward (3)
+    settings = {"lr": args.learning_rate, "betas": (0.9, 0.95), "eps": 1e-5, "weight_decay": 0.0}
+    optimizer = torch.optim.AdamW(policy.parameters(), **settings)
+    if rank == 0:
+        p3o.open_run(args)
+
+    for step in range(1, args.steps + 1):
+        torch.manual_seed(args.seed * 10**6 + step + rank * 10**5)  # (1)
+        optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - (step - 1) / args.steps)
+        rows = p3o.data_order(len(prompts), args.prompts_per_step, step, args.seed)[rank::world]  # (2)
+        batch, seconds = p3o.rollout(models, [prompts[row] for row in rows], K, eos_id, tokenizer, args)
+        logp_old_seq, logp_ref_seq = (batch[x].sum(1).view(-1, K) for x in ("logp_old_tok", "logp_ref_tok"))
+        reward = p3o.trajectory_reward(batch["score"].view(-1, K), logp_old_seq, logp_ref_seq, args.beta)
+        updates, clock = [], time.perf_counter()
+        for _ in range(args.epochs):
+            for minibatch in torch.randperm(len(rows)).split(args.minibatch_size):
+                updates.append(p3o.update_policy(parallel, optimizer, batch, reward, minibatch, step, args))
+        seconds["seconds_update"] = time.perf_counter() - clock
+        metrics = p3o.rollout_metrics(batch, K, args.beta) | p3o.update_metrics(updates)
+        metrics |= p3o.cost_metrics(batch["response_mask"].sum().item(), seconds)
+        metrics = mean_over_processes(metrics, args.device)
+        if rank == 0:  # (4)
+            state = {"optimizer": optimizer.state_dict()}
+            p3o.end_step(args, step, metrics, {"": policy}, tokenizer, state)
+            print(
+                f"step {step}: reward {metrics['reward']:.3f}, KL {metrics['kl']:.2f} nats/response",
+                flush=True,
+            )
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    p3o.guard(main, p3o.Args)
