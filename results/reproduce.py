@@ -1,0 +1,778 @@
+"""The experiments behind results/: trains what is missing, measures it once, writes tables and pictures.
+
+    python results/reproduce.py [EXPERIMENT ...] [--flags]     default: all of them; hours on 2 cores
+    python results/reproduce.py --plots_only                   from results/logs alone; less than a minute
+
+A run is a method, its flags and a seed. It is trained by the script of its method into out/results/NAME, one
+thread to a process, continued if it was interrupted; then it answers 128 test prompts 16 times each. What is
+needed of that goes to results/logs/NAME.json; a run with a log is never repeated. From the logs alone come
+results/EXPERIMENT.csv, .md and .png. Learning rates were chosen on seed 0, which draws the optimum and is not
+reported; seeds 1, 2, ... are. Intervals: 95%, Student's t over seeds; of win rates Wilson's.
+
+Gain: mean reward less the SFT model's on the same prompts. KL to the SFT model: nats per response, exact at
+every token. Legend: P prompts, S responses to each, K responses per prompt in training.
+"""
+
+import argparse
+import csv
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import dpo
+import evaluate
+import p3o
+import ppo
+from toy import gold_reward
+
+ROOT = Path(__file__).resolve().parent.parent
+RUNS = Path("out/results")  # relative to ROOT, where everything runs
+SCRIPTS = {"p3o.py": p3o.Args, "ppo.py": ppo.Args, "dpo.py": dpo.Args}
+METHODS = {  # name: script, its flags, color (Okabe and Ito, for every kind of eye)
+    "p3o-v2": ("p3o.py", {}, "#D55E00"),
+    "p3o-v1": ("p3o.py", {"clipping": "separate"}, "#E69F00"),
+    "ppg": ("p3o.py", {"clipping": "none"}, "#8C6D00"),
+    "ppo": ("ppo.py", {}, "#0072B2"),
+    "ppo-max": ("ppo.py", {"preset": "ppo_max"}, "#56B4E9"),
+    "dpo": ("dpo.py", {}, "#CC79A7"),
+    "online-dpo": ("dpo.py", {"online": True}, "#009E73"),
+    "ppo-unwhitened": ("ppo.py", {"whiten_advantages": False}, "#555555"),  # equivalence only
+}
+COMPARED = [name for name in METHODS if name != "ppo-unwhitened"]
+SHORT = {"reward_shift": "shift", "num_responses": "K", "epochs": "epochs"}  # flags named in a run's name
+BETA = p3o.Args().beta
+PROMPTS, RESPONSES, POOLED, BATCHES = 128, 16, 32, 100  # POOLED: responses per policy that draw the optimum
+MATCHED_KL = 0.5, 1.0, 2.0, 3.0
+SHIFTS = 0, 1, 4, 16  # times the spread of the reward among the responses to a prompt
+PAPER = {("p3o-v2", "ppo"): "57.0", ("p3o-v2", "sft"): "69.3", ("dpo", "p3o-v2"): "45.4"}  # GPT-4, HH, 6B
+T975 = 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262  # Student's t for 1, 2, ... degrees
+MEASURING = threading.Lock()  # torch has one random state per process
+
+
+# -------------------------------------------------------------------------------------------- the statistics
+def t_interval(values):
+    """(mean, low, high) of independent values, 95%; low and high are None for a single one."""
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return mean, None, None
+    t = T975[len(values) - 2] if len(values) - 2 < len(T975) else 1.96
+    half = t * statistics.stdev(values) / math.sqrt(len(values))
+    return mean, mean - half, mean + half
+
+
+def stat(name, values):
+    """Columns name, name_low, name_high; all None where a value is missing: no picking of lucky seeds."""
+    known = bool(values) and None not in values
+    return dict(zip((name, f"{name}_low", f"{name}_high"), t_interval(values) if known else (None,) * 3))
+
+
+def interpolate(points, kl):
+    """Gains at the given KLs from [(kl, gain), ...], linear in sqrt(KL); None beyond the largest KL.
+
+    The SFT model, at (0, 0), is one of the points: it is where every method goes as beta grows.
+    """
+    x, y = zip((0.0, 0.0), *sorted(point for point in points if point[0] > 1e-6))
+    if len(x) < 2:
+        return [None] * len(kl)
+    curve = (torch.tensor(v, dtype=torch.float64).expand(len(kl), -1) for v in (x, y))
+    gains = evaluate.optimal_reward(torch.tensor(kl, dtype=torch.float64), *curve).tolist()
+    return [gain if math.isfinite(gain) else None for gain in gains]
+
+
+def group(points, keys, values):
+    """One row for each combination of the keys: the number of seeds, and a stat of every value."""
+    groups = {}
+    for point in points:
+        groups.setdefault(tuple(point[key] for key in keys), []).append(point)
+    return [
+        {k: f"{v:g}" if isinstance(v, float) else v for k, v in zip(keys, key)}
+        | {"seeds": len(members)}
+        | {k: v for name in values for k, v in stat(name, [m[name] for m in members]).items()}
+        for key, members in groups.items()
+    ]
+
+
+# -------------------------------------------------------------------------------------------------- the runs
+def make_run(method, beta, seed, steps=None, **extra):
+    """Name, script and flags of a run. Flags at their default are left out: equal runs have equal names."""
+    script, flags, _ = METHODS[method]
+    default = vars(SCRIPTS[script]())
+    extra = {name: value for name, value in extra.items() if value != default[name]}
+    name = f"{method}_beta{beta:g}" + "".join(f"_{SHORT[x]}{v:g}" for x, v in extra.items() if x in SHORT)
+    flags = {"beta": beta, "seed": seed} | flags | extra | ({"steps": steps} if steps else {})
+    run = {"name": f"{name}_seed{seed}", "method": method, "beta": beta, "seed": seed}
+    return run | {"script": script, "flags": flags}
+
+
+def plan(experiment, args):
+    """The runs an experiment reports, with the labels that it groups them by."""
+    seeds, steps = range(1, args.seeds + 1), args.steps
+    many = {"frontier": COMPARED, "head_to_head": COMPARED}.get(experiment)
+    if many:
+        betas = sorted({*args.betas, *([BETA] if experiment == "head_to_head" else [])})
+        return [make_run(m, beta, seed, steps) for seed in seeds for m in many for beta in betas]
+    if experiment == "equivalence":
+        spread = (read_log(args, "sft") or {}).get("reward_spread")
+        shifts = [(f, float(f"{f * spread:.2g}")) for f in SHIFTS] if spread else []
+        return [
+            make_run(m, BETA, seed, steps, reward_shift=shift) | {"times": f, "shift": f"{shift:g}"}
+            for seed in seeds
+            for m in ("p3o-v2", "ppo", "ppo-max", "ppo-unwhitened")
+            for f, shift in shifts
+        ]
+    if experiment == "overoptimisation":
+        small = float(f"{0.1 * BETA:.2g}")
+        return [make_run(m, small, s, steps) for s in seeds for m in ("p3o-v2", "ppo", "dpo", "online-dpo")]
+    if experiment == "responses":
+        default, runs = p3o.Args(), []
+        for K in (2, 4, 8):  # as many responses per rollout and per optimizer step, whatever K
+            batch = {x: getattr(default, x) * 2 // K for x in ("prompts_per_step", "minibatch_size")}
+            runs += [
+                make_run("p3o-v2", BETA, seed, steps, num_responses=K, **batch) | {"K": K} for seed in seeds
+            ]
+        return runs
+    if experiment == "staleness":
+        return [
+            make_run(m, BETA, seed, steps, epochs=epochs) | {"epochs": epochs}
+            for seed in seeds
+            for m in ("p3o-v2", "p3o-v1", "ppg")
+            for epochs in (1, 2, 4, 8)
+        ]
+    return [make_run(m, BETA, 1, steps) for m in ("p3o-v2", "ppo")]  # variance: a policy and a critic
+
+
+def call(script, flags, folder, *more):
+    """Runs a script, one thread, continuing what was interrupted. Its last line, None if it failed."""
+    command = [sys.executable, str(ROOT / script), "--output_dir", str(folder), *more]
+    command += [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    command += ["--resume"] if Path(folder, "args.json").exists() and script != "toy.py" else []
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    lines = (done.stderr if done.returncode else done.stdout).strip().splitlines()
+    print(lines[-1] if lines else f"{folder}: exit status {done.returncode}", flush=True)
+    return None if done.returncode else lines[-1]
+
+
+def prepare(args):
+    """The stages before: data, SFT model, reward model; and the measure of the SFT model."""
+    for script, folder, done in (
+        ("toy.py", "data/toy", "args.json"),
+        ("sft.py", "out/sft", "model.safetensors"),
+        ("reward_model.py", "out/reward_model", "model.safetensors"),
+    ):
+        if not Path(folder, done).exists() and call(script, {}, folder) is None:
+            raise SystemExit(f"{script} failed")
+    if not read_log(args, "sft"):
+        samples = answer("sft")
+        spread = float(f"{samples['score'].std(1).mean().item():.2g}")
+        write_log(args, "sft", origin() | {"reward_spread": spread} | measures(samples))
+
+
+def train(runs, args, models=False):
+    """Trains and measures the runs that have no log (models: or no weights), some processes at a time."""
+    todo = {run["name"]: run for run in runs if not read_log(args, run["name"], run["flags"])}
+    if models:
+        todo |= {run["name"]: run for run in runs if not (RUNS / run["name"] / "model.safetensors").exists()}
+
+    def work(run):
+        if call(run["script"], run["flags"], RUNS / run["name"], "--device", "cpu", "--save_every", "0"):
+            with MEASURING:
+                write_log(args, run["name"], measure(run))
+            (RUNS / run["name"] / "checkpoint.pt").unlink(missing_ok=True)  # most of the disk space
+
+    with ThreadPoolExecutor(args.processes) as pool:
+        try:
+            for job in [pool.submit(work, run) for run in todo.values()]:
+                job.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+# ----------------------------------------------------------------------------------------------- measurement
+def read_log(args, name, flags=None):
+    """A run's log; None if there is none, or one of other flags."""
+    path = Path(args.folder, "logs", f"{name}.json")
+    log = json.loads(path.read_text()) if path.exists() else None
+    return log if log and (flags is None or log["flags"] == flags) else None
+
+
+def write_log(args, name, log):
+    path = Path(args.folder, "logs", f"{name}.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".new").write_text(json.dumps(log, separators=(",", ":")) + "\n")
+    path.with_suffix(".new").replace(path)
+
+
+def origin():
+    """Commit, versions and hardware, as they are now."""
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    info = Path("/proc/cpuinfo")
+    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line]
+    cpu = names[0] if names else platform.processor() or platform.machine()
+    versions = {name: version(name) for name in ("torch", "transformers", "datasets")}
+    hardware = f"{cpu}, {os.cpu_count()} cores, 1 thread a process"
+    return {"git_commit": git.stdout.strip() or None, "versions": versions, "hardware": hardware}
+
+
+@functools.cache
+def bench(responses):
+    """What every policy is measured with: evaluate.py's arguments, tokenizer, models, prompts, EOS."""
+    settings = {name: getattr(p3o.Args(), name) for name in evaluate.SETTINGS}
+    settings |= {"num_prompts": PROMPTS, "samples_per_prompt": responses, "device": "cpu", "seed": 12345}
+    args, name = evaluate.Args(**settings), p3o.Args().model
+    tokenizer = evaluate.load_tokenizer(name)
+    reference = evaluate.load_model(AutoModelForCausalLM, name, tokenizer, args).requires_grad_(False)
+    scorer = evaluate.load_reward_model(args.reward_model, tokenizer, args)
+    examples, eos_id = evaluate.read_examples(args.dataset, ["test"], 0, tokenizer, args, PROMPTS)
+    return args, tokenizer, (reference, *scorer), examples, eos_id
+
+
+def answer(name, responses=RESPONSES):
+    """The responses of a run, or of "sft", as evaluate.answer gives them: tensors (P, S)."""
+    torch.set_num_threads(1)  # of this thread
+    args, tokenizer, models, examples, eos_id = bench(responses)
+    policy = models[0]
+    if name != "sft":
+        policy = evaluate.load_model(AutoModelForCausalLM, str(RUNS / name), tokenizer, args)
+    return evaluate.answer(name, (policy, *models), examples, eos_id, gold_reward, tokenizer, args)
+
+
+def measures(samples):
+    """What a log keeps of a policy's responses: means by prompt, and the gold reward of each response."""
+    names = {"reward": "score", "gold": "gold", "kl": "kl_exact", "length": "length", "eos": "ended"}
+    means = {name: [round(x, 4) for x in samples[of].mean(1).tolist()] for name, of in names.items()}
+    return {"prompts": means, "gold": [[round(x, 2) for x in row] for row in samples["gold"].tolist()]}
+
+
+def read_curve(folder):
+    """The evaluations of a training run, the updates since the one before, and its minutes."""
+    rows, gold = ([json.loads(x) for x in open(folder / f"{f}.jsonl")] for f in ("metrics", "samples"))
+    by_step, curve, since = {}, [], []
+    for sample in gold:
+        by_step.setdefault(sample["step"], []).append(gold_reward(sample["prompt"], sample["response"]))
+    for row in rows:
+        since.append(row)
+        if "eval_reward" in row:
+            names = "step", "eval_reward", "eval_kl_exact", "eval_response_length", "eval_eos_rate"
+            point = {name: row[name] for name in names}
+            point["eval_gold"] = statistics.fmean(by_step[row["step"]])
+            for name, reduce in (("clip_fraction", statistics.fmean), ("log_ratio_max", max)):
+                values = [row[name] for row in since if name in row]
+                point |= {name: reduce(values)} if values else {}
+            curve.append({name: round(value, 5) for name, value in point.items()})
+            since = []
+    minutes = sum(v for row in rows for k, v in row.items() if k.startswith("seconds_")) / 60
+    return curve, round(minutes, 2)
+
+
+def measure(run):
+    """The log of a trained run."""
+    folder = RUNS / run["name"]
+    recorded = json.loads((folder / "args.json").read_text())
+    curve, minutes = read_curve(folder)
+    log = origin() | {name: recorded[name] for name in ("git_commit", "versions")}
+    log |= {"flags": run["flags"], "minutes": minutes, "curve": curve}
+    log["sha256"] = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    return log | measures(answer(run["name"]))
+
+
+def estimate_optimum(args):
+    """logs/optimum.json: the Gibbs curve on the test prompts, from responses of SFT model and seed-0 runs."""
+    if read_log(args, "optimum"):
+        return
+    runs = [make_run(m, beta, 0, args.steps) for m in ("p3o-v2", "ppo") for beta in args.betas]
+    train(runs, args, models=True)
+    folders = {run["name"]: str(RUNS / run["name"]) for run in runs if read_log(args, run["name"])}
+    policies = {name: answer(name, POOLED) for name in ("sft", *folders)}
+    setting, tokenizer, _, examples, _ = bench(POOLED)
+    pool = evaluate.pool_samples(policies, folders, examples, tokenizer, setting)
+    curve, _ = evaluate.draw_frontier(pool, policies["sft"])
+    points = {name: [point[name] for point in curve] for name in ("kl", "reward", "gold_reward", "ess")}
+    write_log(args, "optimum", origin() | {"policies": list(policies), "responses": POOLED} | points)
+
+
+def gradients(policy, critic, batch, args):
+    """{estimator: gradient of its loss, flat} at pi_old = pi, all from the same responses. args: ppo.Args.
+
+    PPO's is a mean over tokens; times the tokens per response it is in the units of the others.
+    """
+    mask, K = batch["response_mask"], args.num_responses
+    inputs = [batch[x] for x in ("prompt_ids", "prompt_mask", "response_ids", "response_mask")]
+    new = p3o.response_logps(policy, *inputs, args.temperature)  # (B * K, R)
+    seq, old, ref = (x.sum(1).view(-1, K) for x in (new, batch["logp_old_tok"], batch["logp_ref_tok"]))
+    reward = p3o.trajectory_reward(batch["score"].view(-1, K), old, ref, args.beta)
+    others = (reward.sum(1, keepdim=True) - reward) / (K - 1)
+    losses = {
+        "PPG": p3o.pairwise_policy_gradient_loss(seq, reward),
+        "VPG": -(reward * seq).mean(),
+        "VPG, batch mean": -((reward - reward.mean()) * seq).mean(),
+        "leave-one-out": -((reward - others) * seq).mean(),
+    }
+    for name, whiten in (("PPO", False), ("PPO, whitened", True)):
+        setting = dataclasses.replace(args, whiten_advantages=whiten)
+        ppo.estimate_advantages(critic, batch, batch["score"], args.beta, setting)
+        loss, _ = ppo.ppo_clip_loss(new, batch["logp_old_tok"], batch["advantages"], mask, args.clip_range)
+        losses[name] = loss * mask.sum() / len(mask)
+    weights = list(policy.parameters())
+    parts = {name: torch.autograd.grad(loss, weights, retain_graph=True) for name, loss in losses.items()}
+    return {name: torch.cat([x.flatten() for x in part]).double() for name, part in parts.items()}
+
+
+def measure_variance(args):
+    """logs/variance.json: moments of the gradients over batches, at the SFT and a trained policy."""
+    runs = plan("variance", args)
+    if read_log(args, "variance"):
+        return
+    train(runs, args, models=True)
+    _, tokenizer, models, _, _ = bench(RESPONSES)
+    setting = dataclasses.replace(ppo.Args(), device="cpu", beta=BETA, micro_batch_size=64)
+    prompts, eos_id = p3o.read_examples(setting.dataset, ["train"], 0, tokenizer, setting)
+    trained, critic = (str(RUNS / run["name"]) for run in runs)
+    table, batches = {}, args.batches
+    for label, policy_folder, critic_folder in (
+        ("SFT", setting.model, setting.reward_model),  # PPO's critic starts as the reward model
+        ("after P3O-V2", trained, f"{critic}/critic"),
+    ):
+        policy = p3o.load_model(AutoModelForCausalLM, policy_folder, tokenizer, setting)
+        values = p3o.load_model(AutoModelForSequenceClassification, critic_folder, tokenizer, setting)
+        total = {}  # estimator: sum and sum of squares over the batches
+        for step in range(1, batches + 1):
+            torch.manual_seed(10**9 + step)
+            rows = p3o.data_order(len(prompts), setting.prompts_per_step, step, 10**3)
+            examples, K = [prompts[row] for row in rows], setting.num_responses
+            batch, _ = p3o.rollout((policy, *models), examples, K, eos_id, tokenizer, setting)
+            for name, x in gradients(policy, values, batch, setting).items():
+                sums = total.setdefault(name, [torch.zeros_like(x), torch.zeros_like(x)])
+                sums[0] += x
+                sums[1] += x * x
+        table[label] = {}
+        for name, (first, second) in total.items():
+            trace = ((second - first**2 / batches) / (batches - 1)).sum().item()
+            squared = max(((first / batches) ** 2).sum().item() - trace / batches, 0.0)  # without its noise
+            table[label][name] = {"trace": trace, "mean_norm": squared**0.5, "parameters": len(first)}
+    write_log(args, "variance", origin() | {"batches": batches, "policies": table})
+
+
+# --------------------------------------------------------------------------------------------------- reports
+class Logs:
+    """What the reports are written from: .points, a dict per run that has a log; .sft; .optimum; .missing."""
+
+    def __init__(self, experiment, args):
+        self.args, self.sft, self.optimum = args, read_log(args, "sft"), read_log(args, "optimum")
+        runs = plan(experiment, args)
+        self.logs = {run["name"]: read_log(args, run["name"], run["flags"]) for run in runs}
+        self.missing = [name for name, log in self.logs.items() if not log]
+        needed = ["sft"] if experiment in ("equivalence", "head_to_head") else ["sft", "optimum"]
+        self.missing += [name for name in needed if not getattr(self, name)]
+        self.base = {name: statistics.fmean(x) for name, x in self.sft["prompts"].items()} if self.sft else {}
+        self.points = [self.point(run) for run in runs if self.logs[run["name"]]] if self.sft else []
+
+    def point(self, run):
+        log = self.logs[run["name"]]
+        means = {name: statistics.fmean(values) for name, values in log["prompts"].items()}
+        gain, best = means["reward"] - self.base["reward"], self.best([means["kl"]])[0]
+        point = run | {"gain": gain, "gold_gain": means["gold"] - self.base["gold"], "log": log}
+        point |= {name: means[name] for name in ("kl", "length", "eos")}
+        point["objective"] = gain - run["beta"] * means["kl"]
+        point["efficiency"] = gain / best if best and means["kl"] > 1e-6 else None
+        for name, reduce in (("clip_fraction", statistics.fmean), ("log_ratio_max", max)):
+            values = [row[name] for row in log["curve"] if name in row]
+            point[name] = reduce(values) if values else None
+        return point
+
+    def best(self, kl, of="reward"):
+        """The optimum's gains at the given KLs, None beyond the curve."""
+        if not self.optimum:
+            return [None] * len(kl)
+        base = self.base["reward" if of == "reward" else "gold"]
+        return interpolate(list(zip(self.optimum["kl"], [x - base for x in self.optimum[of]])), kl)
+
+    def seeds(self, method):
+        """{seed: [(kl, gain), ...]} over the betas of a method."""
+        curves = {}
+        for point in self.points:
+            if point["method"] == method:
+                curves.setdefault(point["seed"], []).append((point["kl"], point["gain"]))
+        return curves
+
+
+def frontier(logs):
+    """Which method gets most reward for its KL?"""
+    values = "kl", "gain", "gold_gain", "efficiency", "objective", "length", "eos"
+    tables = {"every beta": group(logs.points, ("method", "beta"), values)}
+    matched, paired, areas, at = [], [], [], {}
+    for method in COMPARED:
+        at[method] = {seed: interpolate(curve, MATCHED_KL) for seed, curve in logs.seeds(method).items()}
+    for i, kl in enumerate(MATCHED_KL):
+        best = logs.best([kl])[0]
+        for method in at:
+            gains = {seed: row[i] for seed, row in at[method].items() if row[i] is not None}
+            if not gains:
+                continue
+            matched.append({"KL": f"{kl:g}", "method": method, "seeds": len(gains)})
+            matched[-1] |= stat("gain", list(gains.values())) | {"optimum": best}
+            matched[-1] |= stat("efficiency", [gain / best if best else None for gain in gains.values()])
+            both = {s: at["p3o-v2"][s][i] for s in gains if s in at["p3o-v2"]} if method != "p3o-v2" else {}
+            differences = [own - gains[s] for s, own in both.items() if own is not None]
+            if differences:
+                row = {"KL": f"{kl:g}", "p3o-v2 minus": method, "seeds": len(differences)}
+                paired.append(row | stat("difference", differences))
+    curves = {m: logs.seeds(m) for m in COMPARED if logs.seeds(m)}
+    ends = [max(kl for kl, _ in curve) for seeds in curves.values() for curve in seeds.values()]
+    if ends and logs.optimum:
+        end = min([*ends, logs.optimum["kl"][-1]])
+        grid = [end * i / 200 for i in range(201)]
+        whole = sum(logs.best(grid))
+        for method, seeds in curves.items():
+            shares = [sum(interpolate(c, grid)) / whole if end > 1e-6 else None for c in seeds.values()]
+            row = {"method": method, "seeds": len(shares), "up to KL": end}
+            areas.append(row | stat("area over the optimum's", shares))
+    tables |= {"at equal KL": matched, "p3o-v2 minus the others, seed by seed": paired, "area": areas}
+    return tables, draw_frontiers(logs, tables["every beta"])
+
+
+def equivalence(logs):
+    """What does an equivalent reward, one offset per prompt, change?"""
+    first = {(p["method"], p["seed"]): p["log"]["sha256"] for p in logs.points if not p["times"]}
+    rows = group(logs.points, ("method", "times", "shift"), ("gain", "gold_gain", "kl", "length", "eos"))
+    for row in rows:
+        own = [p for p in logs.points if (p["method"], p["times"]) == (row["method"], row["times"])]
+        same = [first.get((p["method"], p["seed"])) == p["log"]["sha256"] for p in own]
+        row["identical weights"] = f"{sum(same)} of {len(same)}"
+    titles = {"gain": "gain", "kl": "KL, nats", "length": "tokens per response"}
+    return {"shifted": rows}, draw_lines(rows, "times", titles, "offsets over the reward's spread")
+
+
+def overoptimisation(logs):
+    """With a weak leash, where does the gold reward turn while the proxy still climbs?"""
+    curves, rows = {}, []
+    for method in dict.fromkeys(point["method"] for point in logs.points):
+        runs = [p["log"]["curve"] for p in logs.points if p["method"] == method]
+        runs = [{row["step"]: row for row in curve} for curve in runs]
+        mean, names = {}, {"kl": "eval_kl_exact", "proxy": "eval_reward", "gold": "eval_gold"}
+        for step in sorted(set.intersection(*map(set, runs))):
+            gains = {name: [run[step][of] - run[0][of] for run in runs] for name, of in names.items()}
+            mean[step] = {name: statistics.fmean(values) for name, values in gains.items()}
+        peak, last = max(mean, key=lambda step: mean[step]["gold"]), max(mean)
+        row = {"method": method, "seeds": len(runs), "KL at the gold peak": mean[peak]["kl"]}
+        row |= {"gold at the peak": mean[peak]["gold"], "KL at the end": mean[last]["kl"]}
+        row |= stat("gold at the end", [r[last]["eval_gold"] - r[0]["eval_gold"] for r in runs])
+        row |= stat("gold since the peak", [r[last]["eval_gold"] - r[peak]["eval_gold"] for r in runs])
+        row |= stat("proxy since the peak", [r[last]["eval_reward"] - r[peak]["eval_reward"] for r in runs])
+        rows.append(row)
+        curves[method] = [(point["kl"], point["proxy"], point["gold"]) for point in mean.values()]
+    tables = {
+        "training curves, means over seeds": rows,
+        "after training": group(logs.points, ("method", "beta"), ("kl", "gain", "gold_gain", "length")),
+    }
+    return tables, draw_curves(logs, curves)
+
+
+def head_to_head(logs):
+    """Whose answers win, by the gold reward?
+
+    The paper's numbers are GPT-4's judgement of a 6B model on HH at KLs of 7 to 12 nats; ours are the true
+    reward of a small world. Who is ahead can be compared, by how much cannot."""
+    at_beta = [p for p in logs.points if p["beta"] == BETA]
+    target = [p["kl"] for p in at_beta if p["method"] == "p3o-v2"]
+    nearest = {}
+    for p in logs.points if target else ():
+        key, gap = (p["method"], p["seed"]), abs(p["kl"] - statistics.fmean(target))
+        if key not in nearest or gap < nearest[key][0]:
+            nearest[key] = gap, p
+    tables, sft = {}, {"kl": 0.0, "log": logs.sft}
+    for title, points in (("equal beta", at_beta), ("nearest KL", [p for _, p in nearest.values()])):
+        runs = {m: {p["seed"]: p for p in points if p["method"] == m} for m in COMPARED}
+        runs = {m: r for m, r in runs.items() if r} | {"sft": {p["seed"]: sft for p in points}}
+        rows = tables[title] = []
+        for a, b in ((a, b) for a in runs for b in runs if a != b and set(runs[a]) & set(runs[b])):
+            seeds = sorted(set(runs[a]) & set(runs[b]))
+            scores = [torch.tensor([runs[m][s]["log"]["gold"] for s in seeds]).flatten() for m in (a, b)]
+            rates = [f"{100 * x:.1f}" for x in evaluate.win_rate(*scores)]
+            row = {"method": a, "against": b, "seeds": len(seeds)}
+            row |= dict(zip(("wins %", "wins %_low", "wins %_high"), rates))
+            kls = (statistics.fmean(runs[m][s]["kl"] for s in seeds) for m in (a, b))
+            rows.append(row | dict(zip(("KL", "its KL"), kls)) | {"paper, GPT-4, HH %": PAPER.get((a, b))})
+    return tables, draw_matrices(tables)
+
+
+def responses(logs):
+    """At the same number of sampled responses: more prompts, or more responses to each?"""
+    rows = group(logs.points, ("method", "K"), ("gain", "gold_gain", "kl", "objective", "efficiency"))
+    titles = {"objective": "gain - beta KL", "gain": "gain", "kl": "KL, nats"}
+    return {"responses": rows}, draw_lines(rows, "K", titles, "responses per prompt")
+
+
+def staleness(logs):
+    """When does clipping start to matter?"""
+    values = "gain", "kl", "objective", "efficiency", "clip_fraction", "log_ratio_max"
+    rows = group(logs.points, ("method", "epochs"), values)
+    titles = {"objective": "gain - beta KL", "kl": "KL, nats", "clip_fraction": "clip fraction"}
+    titles |= {"log_ratio_max": "largest |log rho|"}
+    return {"staleness": rows}, draw_lines(rows, "epochs", titles, "epochs per rollout")
+
+
+def variance(logs):
+    """How noisy are the gradients of the estimators, on the same responses?
+
+    Variance: over batches, trace of the covariance per parameter. Norm: of the mean gradient, its own noise
+    taken off. Noise over signal: trace over squared norm; it alone can be compared for whitened advantages,
+    which change the scale. With all pairs PPG and leave-one-out are the same estimator."""
+    log, rows = read_log(logs.args, "variance"), []
+    for policy, estimators in log["policies"].items() if log else ():
+        base = estimators["PPG"]["trace"]
+        for name, x in estimators.items():
+            signal = x["mean_norm"] ** 2
+            row = {"policy": policy, "estimator": name, "batches": log["batches"]}
+            row |= {"variance": x["trace"] / x["parameters"], "over PPG's": x["trace"] / base}
+            row |= {"norm": x["mean_norm"], "noise over signal": x["trace"] / signal if signal else None}
+            rows.append(row)
+    logs.logs = {"variance": log}
+    logs.missing = [] if log else ["variance"]
+    return {"gradients": rows}, draw_bars(rows)
+
+
+EXPERIMENTS = {
+    f.__name__: f
+    for f in (frontier, equivalence, overoptimisation, head_to_head, responses, staleness, variance)
+}
+
+
+def text(value):
+    """A cell; the same in the CSV and in Markdown."""
+    if not isinstance(value, float):
+        return "" if value is None else str(value)
+    return f"{value:.3f}" if value == 0 or 1e-2 <= abs(value) < 1e4 else f"{value:.3g}"
+
+
+def markdown(rows):
+    """A table of rows that have the same columns; name_low and name_high stand in brackets behind name."""
+    heads = [name for name in rows[0] if not name.endswith(("_low", "_high"))]
+    lines = [heads]
+    for row in rows:
+        ends = {name: [text(row.get(f"{name}_{x}")) for x in ("low", "high")] for name in heads}
+        lines.append([text(row[x]) + (f" [{', '.join(ends[x])}]" if all(ends[x]) else "") for x in heads])
+    return evaluate.markdown_table(lines)
+
+
+def write_report(experiment, args):
+    """EXPERIMENT.csv, .md and .png from the logs."""
+    logs = Logs(experiment, args)
+    tables, figure = EXPERIMENTS[experiment](logs)
+    tables = {title: rows for title, rows in tables.items() if rows}
+    used = [log for log in logs.logs.values() if log]
+    missing = f"missing: {', '.join(logs.missing)}" if logs.missing else ""
+    print(f"{experiment}: {len(used)} logs; {missing or 'nothing missing'}")
+    if not tables:
+        return
+    columns = list(dict.fromkeys(name for rows in tables.values() for row in rows for name in row))
+    with open(Path(args.folder, f"{experiment}.csv"), "w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["table", *columns])
+        for title, rows in tables.items():
+            writer.writerows([title, *(text(row.get(name)) for name in columns)] for row in rows)
+    seeds = sorted({point["seed"] for point in logs.points}) if experiment != "variance" else [1]
+    commits = sorted({(log["git_commit"] or "unknown")[:7] for log in used})
+    source = f"Commit {', '.join(commits)}; seeds {', '.join(map(str, seeds))}; {len(used)} logs, "
+    source += f"{sum(log.get('minutes', 0) for log in used):.0f} minutes of training; "
+    source += "; ".join(sorted({log["hardware"] for log in used})) + ". In brackets: 95% intervals over seeds"
+    source += ", of win rates over pairs of responses." if experiment == "head_to_head" else "."
+    note = " ".join(EXPERIMENTS[experiment].__doc__.split())
+    parts = [f"# {experiment.replace('_', ' ')}", note, source, *([missing] if missing else [])]
+    parts += [f"![{experiment}]({experiment}.png)"]
+    parts += [part for title, rows in tables.items() for part in (f"## {title}", markdown(rows))]
+    Path(args.folder, f"{experiment}.md").write_text("\n\n".join(parts) + "\n")
+    figure.savefig(Path(args.folder, f"{experiment}.png"), dpi=150)
+
+
+# -------------------------------------------------------------------------------------------------- pictures
+def panels(count, width=4.2, height=4.0):
+    """A figure with panels side by side."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib.figure import Figure  # not pyplot's: nothing to close
+
+    figure = Figure(figsize=(width * count, height), layout="constrained")
+    axes = figure.subplots(1, count, squeeze=False)[0]
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.2)
+    return figure, axes
+
+
+def color(method):
+    return METHODS[method][2] if method in METHODS else "black"
+
+
+def bars(axis, row, x, y):
+    """A point with the intervals that it has."""
+    spans = {}
+    for name, value in (("xerr", x), ("yerr", y)):
+        if row.get(f"{value}_low") is not None:
+            spans[name] = [[row[value] - row[f"{value}_low"]], [row[f"{value}_high"] - row[value]]]
+    axis.errorbar(row[x], row[y], **spans, color=color(row["method"]), marker="o", ms=4.5, capsize=2, lw=1)
+
+
+def draw_optimum(axis, logs, right, of):
+    """The optimum's curve up to KL `right`; its end as a label."""
+    kls = [kl for kl in (logs.optimum or {"kl": []})["kl"] if kl <= right]
+    gains = logs.best(kls, of)
+    axis.plot(kls, gains, color="black", lw=2.4)
+    return [(kls[-1], gains[-1], "optimum", "black")] if kls else []
+
+
+def draw_frontiers(logs, rows):
+    """Reward and gold reward against KL: each method's means over seeds, one point for a beta."""
+    figure, axes = panels(2, 5.6, 4.6)
+    right = 1.1 * max([row["kl_high"] or row["kl"] for row in rows], default=1.0)
+    for axis, of, gain in zip(axes, ("reward", "gold_reward"), ("gain", "gold_gain")):
+        labels = draw_optimum(axis, logs, right, of)
+        for method in dict.fromkeys(row["method"] for row in rows):
+            own = sorted((row for row in rows if row["method"] == method), key=lambda row: row["kl"])
+            path = zip((0, 0), *((row["kl"], row[gain]) for row in own))
+            axis.plot(*path, color=color(method), lw=1.2, alpha=0.6)
+            for row in own:
+                bars(axis, row, "kl", gain)
+            labels.append((own[-1]["kl"], own[-1][gain], method, color(method)))
+        finish(axis, labels, right, "reward model" if of == "reward" else "gold reward")
+    return figure
+
+
+def draw_curves(logs, curves):
+    """Proxy and gold gain against KL along training."""
+    figure, axes = panels(2, 5.6, 4.6)
+    right = 1.1 * max([point[0] for curve in curves.values() for point in curve], default=1.0) or 1.0
+    for column, (axis, of) in enumerate(zip(axes, ("reward", "gold_reward")), 1):
+        labels = draw_optimum(axis, logs, right, of)
+        for method, curve in curves.items():
+            x, y = [point[0] for point in curve], [point[column] for point in curve]
+            axis.plot(x, y, color=color(method), marker=".", lw=1.5)
+            labels.append((x[-1], y[-1], method, color(method)))
+        finish(axis, labels, right, "reward model (proxy)" if of == "reward" else "gold reward")
+    return figure
+
+
+def finish(axis, labels, right, title):
+    evaluate.finish_panel(axis, labels, right)
+    axis.set_title(title, loc="left", fontsize=11.5)
+    axis.set_xlabel("KL to the SFT model, nats (square-root scale)")
+    axis.set_ylabel("gain over the SFT model")
+
+
+def draw_lines(rows, x, titles, label):
+    """A panel for each value against x, which takes few values: a line for each method."""
+    figure, axes = panels(len(titles))
+    ticks = sorted({row[x] for row in rows})
+    for axis, (value, title) in zip(axes, titles.items()):
+        ends = []
+        for method in dict.fromkeys(row["method"] for row in rows):
+            own = [row for row in rows if row["method"] == method and row[value] is not None]
+            own = sorted((row | {"place": ticks.index(row[x])} for row in own), key=lambda row: row["place"])
+            axis.plot([r["place"] for r in own], [r[value] for r in own], color=color(method), lw=1.4)
+            for row in own:
+                bars(axis, row, "place", value)
+            ends += [(own[-1]["place"], own[-1][value], method)] if own else []
+        low, high = axis.get_ylim()
+        for end, height in zip(ends, evaluate.spread_labels([end[1] for end in ends], (high - low) / 16)):
+            place = {"xytext": (len(ticks) - 0.85, height), "va": "center", "annotation_clip": False}
+            axis.annotate(end[2], end[:2], **place, color=color(end[2]), fontsize=9.5)
+        axis.set_xticks(range(len(ticks)), [str(tick) for tick in ticks])
+        axis.set_title(title, loc="left", fontsize=11.5)
+        axis.set_xlabel(label)
+    return figure
+
+
+def draw_matrices(tables):
+    """Win rates, row against column, of every table."""
+    figure, axes = panels(len(tables), 5.4, 4.8)
+    for axis, (title, rows) in zip(axes, tables.items()):
+        names = [name for name in (*COMPARED, "sft") if any(name == row["method"] for row in rows)]
+        grid = [[math.nan] * len(names) for _ in names]
+        for row in rows:
+            i, j = names.index(row["method"]), names.index(row["against"])
+            grid[i][j] = float(row["wins %"])
+            axis.text(j, i, f"{grid[i][j]:.0f}", ha="center", va="center", fontsize=10)
+        if names:
+            axis.imshow(grid, cmap="PuOr_r", vmin=0, vmax=100, alpha=0.6)
+        axis.set_xticks(range(len(names)), names, rotation=45, ha="right")
+        axis.set_yticks(range(len(names)), names)
+        axis.set_title(f"{title}: row beats column, %", loc="left", fontsize=11.5)
+        axis.grid(False)
+    return figure
+
+
+def draw_bars(rows):
+    """Noise over signal of the gradient estimators, a panel for each policy."""
+    policies = list(dict.fromkeys(row["policy"] for row in rows))
+    figure, axes = panels(max(len(policies), 1), 5.0, 3.4)
+    for axis, policy in zip(axes, policies):
+        own = [row for row in rows if row["policy"] == policy and row["noise over signal"]]
+        for place, row in enumerate(reversed(own)):
+            value = row["noise over signal"]
+            axis.barh(place, value, color="#D55E00" if row["estimator"] == "PPG" else "#999999")
+            axis.text(value, place, f" {row['estimator']}  {value:.3g}", va="center", fontsize=9.5)
+        axis.set_xlim(0, 1.6 * max([row["noise over signal"] for row in own], default=1.0))
+        axis.set_yticks([])
+        axis.set_title(policy, loc="left", fontsize=11.5)
+        axis.set_xlabel("variance over squared mean gradient")
+    return figure
+
+
+# ------------------------------------------------------------------------------------------------------ main
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    add = parser.add_argument
+    add("experiments", nargs="*", metavar="EXPERIMENT", help=f"default: all of {', '.join(EXPERIMENTS)}")
+    add("--plots_only", action="store_true", help="tables and pictures from the logs; train nothing")
+    add("--seeds", type=int, default=5, help="seeds 1, 2, ... of every run")
+    betas = [float(f"{factor * BETA:.2g}") for factor in (0.5, 0.75, 1.0, 2.0)]
+    add("--betas", type=float, nargs="+", default=betas, help="of the frontier; default: %(default)s")
+    add("--processes", type=int, default=2, help="trainings at a time, one thread each")
+    add("--steps", type=int, help="of every run, for a quick look: other runs than the default's")
+    add("--batches", type=int, default=BATCHES, help="of the gradients' variance")
+    add("--folder", default=str(Path(__file__).resolve().parent), help="of logs/, tables and pictures")
+    args = parser.parse_args(argv)
+    unknown = sorted(set(args.experiments) - set(EXPERIMENTS))
+    if unknown:
+        parser.error(f"unknown experiment {', '.join(unknown)}; choose from {', '.join(EXPERIMENTS)}")
+    args.folder = str(Path(args.folder).absolute())
+    return args
+
+
+def main(args):
+    os.chdir(ROOT)
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    if not args.plots_only:
+        prepare(args)
+    for experiment in args.experiments or EXPERIMENTS:
+        if not args.plots_only and experiment == "variance":
+            measure_variance(args)
+        elif not args.plots_only:
+            train(plan(experiment, args), args)
+        if not args.plots_only and experiment == "frontier":
+            estimate_optimum(args)
+        write_report(experiment, args)
+
+
+if __name__ == "__main__":
+    main(parse_args())

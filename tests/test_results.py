@@ -1,0 +1,195 @@
+"""results/reproduce.py: its arithmetic, what it repeats and what it does not, and the README's numbers."""
+
+import csv
+import importlib.util
+import itertools
+import json
+import re
+import subprocess
+
+import pytest
+from conftest import ROOT
+
+spec = importlib.util.spec_from_file_location("reproduce", ROOT / "results" / "reproduce.py")
+reproduce = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(reproduce)
+NUMBER = re.compile(r"(?<![\w.-])-?\d+(?:\.\d+)?(?:e-?\d+)?(?![\w]|\.\d)")  # not the digits of P3O-V2
+
+
+def parse(folder, *words):
+    return reproduce.parse_args([*words, "--folder", str(folder)])
+
+
+def synthetic_log(flags, kl, gain, gold, sha="a"):
+    """What measure() returns, for two prompts with two responses each."""
+    prompts = {
+        "reward": [1 + gain] * 2,
+        "gold": [1 + gold] * 2,
+        "kl": [kl] * 2,
+        "length": [9.0] * 2,
+        "eos": [1.0] * 2,
+    }
+    curve = [
+        {
+            "step": step,
+            "eval_reward": gain * step,
+            "eval_kl_exact": kl * step,
+            "eval_gold": gold * step * (1.5 - step),
+        }
+        | {"clip_fraction": 0.1, "log_ratio_max": 0.5}
+        for step in (0, 0.5, 1)
+    ]
+    log = {
+        "git_commit": "0123456789",
+        "versions": {},
+        "hardware": "a machine",
+        "minutes": 1.0,
+        "flags": flags,
+    }
+    responses = [[gold, gold + 0.1], [gold, gold - 0.1]]
+    return log | {"prompts": prompts, "gold": responses, "curve": curve, "sha256": sha}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Logs of two seeds of every run; beta is what decides the KL."""
+    folder = tmp_path_factory.mktemp("results")
+    args = parse(folder, "--seeds", "2")
+    reproduce.write_log(args, "sft", synthetic_log({}, 0.0, 0.0, 0.0) | {"reward_spread": 1.3})
+    kls = [0.01 * i for i in range(801)]
+    optimum = {
+        "kl": kls,
+        "reward": [1 + 2 * kl**0.5 for kl in kls],
+        "gold_reward": [1 + kl**0.5 for kl in kls],
+    }
+    reproduce.write_log(args, "optimum", optimum)
+    for number, experiment in enumerate(reproduce.EXPERIMENTS):
+        for run in reproduce.plan(experiment, args):
+            kl = 0.8 / run["beta"] + 0.1 * run["seed"]
+            gain = (1 + 0.1 * (run["method"] == "p3o-v2")) * kl**0.5 + 0.01 * run["seed"]
+            log = synthetic_log(
+                run["flags"],
+                kl,
+                gain,
+                gain / 2,
+                sha=run["method"][:3] * (run["method"] == "p3o-v2") or run["name"],
+            )
+            reproduce.write_log(args, run["name"], log)
+    moments = {"PPG": 1.0, "VPG": 50.0, "leave-one-out": 1.0}
+    moments = {name: {"trace": x, "mean_norm": 0.5, "parameters": 10} for name, x in moments.items()}
+    variance = {"batches": 3, "policies": {"SFT": moments, "after P3O-V2": moments}}
+    reproduce.write_log(args, "variance", synthetic_log({}, 0, 0, 0) | variance)
+    return folder
+
+
+def table(folder, experiment):
+    with open(folder / f"{experiment}.csv") as file:
+        return list(csv.DictReader(file))
+
+
+def test_plots_only_writes_everything(folder, monkeypatch):
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("nothing may be started"))
+    reproduce.main(parse(folder, "--plots_only", "--seeds", "2"))
+    for experiment in reproduce.EXPERIMENTS:
+        assert (folder / f"{experiment}.png").stat().st_size > 5000
+        text = (folder / f"{experiment}.md").read_text()
+        assert "Commit 0123456; seeds 1" in text and "a machine" in text and "missing" not in text
+        cells = {
+            n for row in table(folder, experiment) for cell in row.values() for n in NUMBER.findall(cell)
+        }
+        shown = [line for line in text.splitlines() if line.startswith("|")]
+        assert shown and {n for line in shown for n in NUMBER.findall(line)} <= cells | {"95"}
+    rows = table(folder, "equivalence")
+    assert {row["identical weights"] for row in rows if row["method"] == "p3o-v2"} == {"2 of 2"}
+    assert {row["identical weights"] for row in rows if row["method"] == "ppo" and row["times"] == "4"} == {
+        "0 of 2"
+    }
+    paired = [row for row in table(folder, "frontier") if row["p3o-v2 minus"] == "ppo" and row["KL"] == "2"]
+    assert 0.05 < float(paired[0]["difference"]) < 0.15 * 2**0.5
+    paper = [row["paper, GPT-4, HH %"] for row in table(folder, "head_to_head") if row["against"] == "sft"]
+    assert "69.3" in paper
+
+
+def test_a_missing_run_is_named_and_left_out(folder, tmp_path, capsys):
+    (tmp_path / "logs").mkdir()
+    gone = f"ppg_beta{reproduce.BETA:g}_epochs8_seed2"
+    for path in (folder / "logs").glob("*.json"):
+        if path.stem != gone:
+            (tmp_path / "logs" / path.name).symlink_to(path)
+    reproduce.main(parse(tmp_path, "staleness", "--plots_only", "--seeds", "2"))
+    assert f"missing: {gone}" in capsys.readouterr().out
+    assert f"missing: {gone}" in (tmp_path / "staleness.md").read_text()
+    seeds = {(row["method"], row["epochs"]): row["seeds"] for row in table(tmp_path, "staleness")}
+    assert seeds["ppg", "8"] == "1" and seeds["p3o-v1", "8"] == "2"
+
+
+def test_interpolation_is_linear_in_the_root_of_the_kl():
+    points = [
+        (4.0, 3.0),
+        (1.0, 1.0),
+    ]  # between them gain = 2 sqrt(KL) - 1; below 1 to the SFT model: sqrt(KL)
+    assert reproduce.interpolate(points, [2.25, 4.0, 0.25, 4.01]) == pytest.approx([2.0, 3.0, 0.5, None])
+    assert reproduce.interpolate([(0.0, 0.0)], [0.5]) == [None]  # a policy that never moved
+
+
+def test_t_interval():
+    mean, low, high = reproduce.t_interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    half = 2.776 * 2.5**0.5 / 5**0.5  # variance 2.5, 4 degrees of freedom
+    assert (mean, low, high) == pytest.approx((3.0, 3 - half, 3 + half))
+    assert reproduce.t_interval([2.0]) == (2.0, None, None)
+    assert reproduce.stat("x", [1.0, None]) == {"x": None, "x_low": None, "x_high": None}
+
+
+def test_finished_runs_are_skipped_and_unfinished_ones_resumed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(reproduce, "measure", lambda run: {"flags": run["flags"]})
+    calls = []
+
+    def run_nothing(command, **_):
+        calls.append(command)
+        return subprocess.CompletedProcess(command, int("dpo.py" in command[1]), "trained\n", "error: no\n")
+
+    monkeypatch.setattr(subprocess, "run", run_nothing)
+    args = parse(tmp_path, "--processes", "1")
+    new, begun, done, failing = (reproduce.make_run(m, 0.1, 1) for m in ("p3o-v2", "ppo-max", "ppg", "dpo"))
+    (tmp_path / reproduce.RUNS / begun["name"]).mkdir(parents=True)
+    (tmp_path / reproduce.RUNS / begun["name"] / "args.json").write_text("{}")
+    reproduce.write_log(args, done["name"], {"flags": done["flags"]})
+    reproduce.train([new, begun, done, failing, new], args)
+    assert [command[1].rpartition("/")[2] for command in calls] == ["p3o.py", "ppo.py", "dpo.py"]
+    assert ["--resume" in command for command in calls] == [False, True, False]
+    assert "--preset ppo_max" in " ".join(calls[1]) and "--beta 0.1" in " ".join(calls[1])
+    logs = {path.stem for path in (tmp_path / "logs").glob("*.json")}
+    assert logs == {run["name"] for run in (new, begun, done)}  # what failed has no log, and is tried again
+    reproduce.train([new, begun, done], args)
+    assert len(calls) == 3
+
+
+def test_equal_runs_have_equal_names():
+    default = reproduce.p3o.Args()
+    batch = {"prompts_per_step": default.prompts_per_step, "minibatch_size": default.minibatch_size}
+    same = reproduce.make_run(
+        "p3o-v2", 0.2, 1, num_responses=2, epochs=default.epochs, reward_shift=0, **batch
+    )
+    assert same == reproduce.make_run("p3o-v2", 0.2, 1)
+    args = parse(ROOT / "results")
+    runs = [run for experiment in reproduce.EXPERIMENTS for run in reproduce.plan(experiment, args)]
+    for a, b in itertools.combinations(runs, 2):
+        assert a["name"] != b["name"] or a["flags"] == b["flags"]
+
+
+def test_numbers_of_the_readme_are_in_a_committed_table():
+    readme = (ROOT / "README.md").read_text()
+    for experiment, part in re.findall(r"<!-- results:(\w+) -->(.*?)<!-- /results -->", readme, re.S):
+        cells = {
+            n for row in table(ROOT / "results", experiment) for x in row.values() for n in NUMBER.findall(x)
+        }
+        rows = [line for line in part.splitlines() if line.startswith("|")]
+        numbers = {n for line in rows for n in NUMBER.findall(line)}
+        assert numbers <= cells, f"{experiment}: {sorted(numbers - cells)}"
+
+
+def test_logs_are_compact():
+    sizes = [path.stat().st_size for path in (ROOT / "results" / "logs").glob("*.json")]
+    assert not sizes or (max(sizes) < 50_000 and sum(sizes) < 10_000_000)
+    assert all(json.loads(path.read_text()) for path in (ROOT / "results" / "logs").glob("*.json"))
