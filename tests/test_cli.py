@@ -392,7 +392,7 @@ CASES = [
         response_length=5,
     ),
     case("another model", ["--model was lm"], extra=["--resume"], output_dir="done/{script}", model="./lm"),
-    case("another beta", ["--beta was"], RL, ["--resume"], output_dir="done/{script}", beta=0.3),
+    case("another beta", ["--beta was"], RL, ["--resume"], output_dir="done/{script}", beta=0.7),
     case(
         "run of another script",
         ["was", "on --resume only"],
