@@ -58,8 +58,8 @@ def chain(tmp_path_factory):
     folder = tmp_path_factory.mktemp("chain")
     for script, *args in (
         ("toy.py",),
-        ("sft.py", "--steps", 30, "--eval_rows", 64),
-        ("reward_model.py", "--steps", 15, "--eval_rows", 64),
+        ("sft.py", "--steps", 60, "--eval_rows", 64),
+        ("reward_model.py", "--steps", 40, "--learning_rate", 3e-3, "--eval_rows", 64),
     ):
         done = run_script(script, *args, cwd=folder)
         assert done.returncode == 0, f"{script}: {done.stdout}{done.stderr}"

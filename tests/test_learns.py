@@ -7,7 +7,7 @@ import pytest
 from conftest import run_script
 
 QUICK = ["--prompts_per_step", 32, "--minibatch_size", 16, "--steps", 15, "--learning_rate", 5e-4]
-QUICK += ["--eval_every", 0, "--eval_prompts", 128]
+QUICK += ["--eval_every", 0, "--eval_prompts", 128, "--beta", 0.1]
 
 
 def read(folder, name):

@@ -622,10 +622,8 @@ def test_every_flag_runs_and_changes_the_run(world, plain_run, tmp_path, flags):
 
 
 def test_adaptive_beta_moves_by_the_rollouts_kl(world, tmp_path):
-    rows = run(
-        world, tmp_path / "run", "--kl_target", 0.001, "--kl_horizon", 8, "--learning_rate", 0.01, steps=3
-    )
-    beta = 0.2
+    flags = "--beta", 0.2, "--kl_target", 0.001, "--kl_horizon", 8, "--learning_rate", 0.01
+    rows, beta = run(world, tmp_path / "run", *flags, steps=3), 0.2
     for row in rows[1:]:
         assert row["beta"] == pytest.approx(beta, rel=1e-12)
         assert row["objective"] == pytest.approx(row["reward"] - 0.2 * row["kl"], abs=1e-6)
