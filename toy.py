@@ -5,7 +5,7 @@
 takes a few seconds on one CPU core and downloads nothing; its last line:
     wrote model and rows (19000 sft, 22000 preferences, 2816 prompts) to data/toy (seed 0)
 
-model/                                      a tokenizer, the config of a 0.5M-parameter GPT-2, no weights
+model/                                      a tokenizer, the config of a 0.4M-parameter GPT-2, no weights
 sft/{train,validation,test}.jsonl           {"prompt", "completion"}
 preferences/{train,validation,test}.jsonl   {"prompt", "chosen", "rejected"}
 prompts/{train,validation,test}.jsonl       {"prompt"}
