@@ -21,7 +21,7 @@ def read(folder, name):
         ("p3o.py", ["--clipping", "separate", "--max_importance_weight", 10]),
         ("p3o.py", ["--clipping", "none", "--epochs", 1, "--num_responses", 4]),
         ("ppo.py", []),
-        ("dpo.py", ["--online", "--beta", 0.3, "--learning_rate", 1e-3]),
+        ("dpo.py", ["--online", "--labels", "sampled", "--learning_rate", 6e-4]),
     ],
     ids=["p3o-v2", "p3o-v1", "pairwise-gradient-4-responses", "ppo", "online-dpo"],
 )
