@@ -568,6 +568,14 @@ def guard(main, args_class):
 
 
 # ------------------------------------------------------------------------------------------------------ main
+def lr_share(step, steps):
+    """Share of --learning_rate at step 1, 2, ...: rises over the first tenth of the steps, then falls to 0.
+
+    Without the rise the toy's SFT model hardly learns to copy what the prompt asks for.
+    """
+    return min(step / (0.1 * steps), (1 - (step - 1) / steps) / 0.9)
+
+
 def score_pairs(model, examples, pad_id, args):
     """Scores of chosen and rejected responses, (B,) each, in one forward pass; and the chosen batch."""
     prompts = [e["prompt_ids"] for e in examples] * 2
@@ -604,9 +612,7 @@ def update_model(model, language_model, optimizer, rows, pad_id, step, args):
         metrics["accuracy"] += (chosen > rejected).sum().item() / len(rows)
     metrics["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm).item()
     require_finite(args, step, loss=metrics["loss"], grad_norm=metrics["grad_norm"])
-    optimizer.param_groups[0]["lr"] = args.learning_rate * min(
-        10 * step / args.steps, (1 - (step - 1) / args.steps) / 0.9
-    )
+    optimizer.param_groups[0]["lr"] = args.learning_rate * lr_share(step, args.steps)
     optimizer.step()
     optimizer.zero_grad()
     return metrics

@@ -10,7 +10,8 @@ takes the flags of p3o.py. What P3O asks of a distributed trainer is little, and
 (3) Equal shares, and a loss that is a mean over prompts: gradients averaged over processes are the whole one.
 (4) One process logs and saves.
 
-Left out: --resume. With one process the result is, bit for bit, that of p3o.py without evaluations.
+Left out: evaluations (--eval_every, --eval_prompts do nothing), --reward_shift and --resume. With one process
+the result is, bit for bit, that of p3o.py.
 """
 
 import os
@@ -28,13 +29,14 @@ import p3o  # noqa: E402
 
 
 def mean_over_processes(metrics, device):
-    """Every value averaged over the processes; the largest of log_ratio_max."""
+    """Every value averaged over the processes; of log_ratio_max and log_ratio_first the largest."""
     values = torch.tensor(list(metrics.values()), device=device, dtype=torch.float64)
     largest = values.clone()
     dist.all_reduce(values)
     dist.all_reduce(largest, dist.ReduceOp.MAX)
     means = dict(zip(metrics, (values / dist.get_world_size()).tolist()))
-    return means | {"log_ratio_max": dict(zip(metrics, largest.tolist()))["log_ratio_max"]}
+    largest = dict(zip(metrics, largest.tolist()))
+    return means | {name: largest[name] for name in ("log_ratio_max", "log_ratio_first")}
 
 
 def main(args):
@@ -47,7 +49,8 @@ def main(args):
     p3o.require(
         args.minibatch_size % world == 0, f"{world} processes do not divide a minibatch", "use others"
     )
-    p3o.require(not args.resume, "--resume is not in this example", "use p3o.py")
+    left_out = args.resume or args.reward_shift
+    p3o.require(not left_out, "--resume and --reward_shift are not in this example", "use p3o.py")
     args.minibatch_size //= world  # (3)
     args.micro_batch_size = min(args.micro_batch_size, args.minibatch_size)
     dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
