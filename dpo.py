@@ -74,12 +74,12 @@ class Args:
         "float32", "bfloat16: autocast; trained weights stay in float32"
     )
     learning_rate: float = flag(1e-4, "AdamW, falls linearly to 0; 5e-7 to 5e-6 for pretrained models")
-    steps: int | None = flag(None, "online: rollouts, None: 120; offline: optimizer steps, None: by --epochs")
+    steps: int | None = flag(None, "online: rollouts, None: 60; offline: optimizer steps, None: by --epochs")
     prompts_per_step: int = flag(64, "online: B, prompts per rollout; offline a step is one minibatch")
     epochs: int | None = flag(None, "passes over each rollout, None: 2; offline over the data, None: 1")
     minibatch_size: int = flag(32, "pairs per optimizer step")
     micro_batch_size: int = flag(0, "pairs per forward pass: same gradient, less memory; 0: the minibatch")
-    beta: float = flag(0.3, "weight of the KL to the SFT model; 0.1 in the paper")
+    beta: float = flag(0.5, "weight of the KL to the SFT model; 0.1 in the paper")
     missing_eos_penalty: float = flag(1.0, "subtracted from the score of a response cut off without EOS")
     temperature: float = flag(1.0, "divides the logits, when sampling and in every log-prob")
     prompt_length: int = flag(32, "tokens; longer prompts are dropped and counted")
@@ -87,7 +87,7 @@ class Args:
     max_grad_norm: float = flag(1.0, "global gradient-norm clip")
     eval_every: int = flag(20, "steps between evaluations on held-out rows; 0: only before and after")
     eval_prompts: int = flag(256, "held-out prompts of an evaluation, and offline held-out pairs")
-    save_every: int = flag(40, "steps between checkpoints; 0: only the last")
+    save_every: int = flag(20, "steps between checkpoints; 0: only the last")
     resume: bool = flag(
         False, "continue from the last checkpoint; only steps, save_every and device may change"
     )
@@ -765,7 +765,7 @@ def main(args):
     if not args.online:
         pairs, _ = read_examples(args.dataset, held_out_splits, 2, tokenizer, args, limit)
         args.steps = args.steps or math.ceil(args.epochs * len(train) / args.minibatch_size)
-    args.steps = args.steps or 120
+    args.steps = args.steps or 60
     require(
         train_eos_id == eos_id, "only one of --dataset and --eval_dataset holds conversations", "match them"
     )

@@ -63,15 +63,15 @@ class Args:
     dtype: Literal["float32", "bfloat16"] = flag(
         "float32", "bfloat16: autocast; trained weights stay in float32"
     )
-    learning_rate: float = flag(4e-4, "AdamW, falls linearly to 0; 1e-6 to 1e-5 for pretrained models")
-    steps: int = flag(120, "rollouts in all; may be raised on --resume")
+    learning_rate: float = flag(3e-4, "AdamW, falls linearly to 0; 1e-6 to 1e-5 for pretrained models")
+    steps: int = flag(60, "rollouts in all; may be raised on --resume")
     prompts_per_step: int = flag(64, "B, prompts per rollout")
     num_responses: int = flag(2, "K, responses per prompt; all K (K - 1) / 2 pairs are used")
     epochs: int = flag(2, "passes over each rollout; 1 to 4")
     minibatch_size: int = flag(32, "prompts per optimizer step, each with all its responses")
     micro_batch_size: int = flag(0, "prompts per forward pass: same gradient, less memory; 0: the minibatch")
     beta: float = flag(
-        0.3, "weight of the KL to the SFT model in the reward; 0.05 for HH in the first author's code"
+        0.5, "weight of the KL to the SFT model in the reward; 0.05 for HH in the first author's code"
     )
     clipping: Literal["joint", "separate", "none"] = flag(
         "joint", "P3O-V2, P3O-V1, or the vanilla pairwise gradient"
@@ -90,7 +90,7 @@ class Args:
     max_grad_norm: float = flag(1.0, "global gradient-norm clip")
     eval_every: int = flag(20, "steps between evaluations on held-out prompts; 0: only before and after")
     eval_prompts: int = flag(256, "held-out prompts of an evaluation")
-    save_every: int = flag(40, "steps between checkpoints; 0: only the last")
+    save_every: int = flag(20, "steps between checkpoints; 0: only the last")
     resume: bool = flag(
         False, "continue from the last checkpoint; only steps, save_every and device may change"
     )

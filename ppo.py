@@ -87,15 +87,15 @@ class Args:
     dtype: Literal["float32", "bfloat16"] = flag(
         "float32", "bfloat16: autocast; trained weights stay in float32"
     )
-    learning_rate: float = flag(4e-4, "of the policy; AdamW, falls linearly to 0; 5e-7 for 7B in [Secrets]")
+    learning_rate: float = flag(3e-4, "of the policy; AdamW, falls linearly to 0; 5e-7 for 7B in [Secrets]")
     critic_learning_rate: float = flag(1e-3, "of the critic, falls likewise; 1.65e-6 for 7B in [Secrets]")
-    steps: int = flag(120, "rollouts in all; may be raised on --resume")
+    steps: int = flag(60, "rollouts in all; may be raised on --resume")
     prompts_per_step: int = flag(64, "B, prompts per rollout: the experience buffer, better small [Secrets]")
     num_responses: int = flag(2, "K, responses per prompt")
     epochs: int = flag(2, "passes over each rollout; 1 to 4")
     minibatch_size: int = flag(32, "prompts per optimizer step, each with all its responses")
     micro_batch_size: int = flag(0, "prompts per forward pass: same gradient, less memory; 0: the minibatch")
-    beta: float = flag(0.3, "weight of the KL to the SFT model in the token rewards; 0.05 in PPO-max")
+    beta: float = flag(0.5, "weight of the KL to the SFT model in the token rewards; 0.05 in PPO-max")
     kl_target: float | None = flag(
         None, "nats per response: beta adapts to hold the KL there; none: beta is fixed"
     )
@@ -134,7 +134,7 @@ class Args:
     max_grad_norm: float = flag(1.0, "global gradient-norm clip, of policy and critic each")
     eval_every: int = flag(20, "steps between evaluations on held-out prompts; 0: only before and after")
     eval_prompts: int = flag(256, "held-out prompts of an evaluation")
-    save_every: int = flag(40, "steps between checkpoints; 0: only the last")
+    save_every: int = flag(20, "steps between checkpoints; 0: only the last")
     resume: bool = flag(
         False, "continue from the last checkpoint; only steps, save_every and device may change"
     )
@@ -148,7 +148,7 @@ PRESETS = {
         "reward_clip": 0.8,
         "beta": 0.05,
         "critic_init": "reward",
-        "critic_warmup_steps": 20,
+        "critic_warmup_steps": 10,
         "value_clip_range": 0.2,
         "max_grad_norm": 1.0,
         "prompts_per_step": 64,

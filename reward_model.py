@@ -61,7 +61,7 @@ class Args:
     )
     epochs: int = flag(1, "passes over the data; more than one overfits")
     steps: int | None = flag(None, "optimizer steps instead of --epochs")
-    minibatch_size: int = flag(64, "pairs per optimizer step")
+    minibatch_size: int = flag(32, "pairs per optimizer step")
     micro_batch_size: int = flag(0, "pairs per forward pass: same gradient, less memory; 0: the minibatch")
     margin: float = flag(0.0, "subtracted from the difference of the scores before the sigmoid")
     lm_coef: float = flag(
@@ -72,7 +72,7 @@ class Args:
     max_grad_norm: float = flag(1.0, "global gradient-norm clip")
     eval_every: int = flag(50, "steps between evaluations on held-out pairs; 0: only before and after")
     eval_rows: int = flag(1000, "held-out pairs of an evaluation")
-    save_every: int = flag(50, "steps between checkpoints; 0: only the last")
+    save_every: int = flag(100, "steps between checkpoints; 0: only the last")
     resume: bool = flag(
         False, "continue from the last checkpoint; only steps, save_every and device may change"
     )

@@ -93,9 +93,9 @@ def split_words(text: str) -> list[str]:
 
 
 def quality(prompt: str, response: str) -> float:
-    """The part of the gold reward that labels see; its spread over the answers to a prompt is about 1.2.
+    """The part of the gold reward that labels see; its spread over the answers to a prompt is about 2.3.
 
-    3 tanh(v / 3) + (place + aspect) / 2 - 0.8 broken - 0.3 repeated - 0.15 max(0, words - 14), where
+    3 tanh(v) + place + aspect - 1.2 broken - 0.5 repeated - 0.2 max(0, words - 14), where
     v              sums VALUE times the MODIFIER just before (1 if none) over words said for the first time;
     place, aspect  are 1 if the one that the prompt names is named, else 0;
     broken         counts the stretches up to a full stop or the end that are no SENTENCE with its full stop;
@@ -123,8 +123,8 @@ def quality(prompt: str, response: str) -> float:
         start = stop + 1
     asked = named.intersection(split_words(prompt))
     relevance = (not asked.isdisjoint(PLACES)) + (not asked.isdisjoint(ASPECTS))
-    score = 3 * math.tanh(v / 3) + relevance / 2
-    return score - 0.8 * broken - 0.3 * repeated - 0.15 * max(0, len(words) - 14)
+    score = 3 * math.tanh(v) + relevance
+    return score - 1.2 * broken - 0.5 * repeated - 0.2 * max(0, len(words) - 14)
 
 
 def prompt_offset(prompt: str) -> float:
@@ -138,12 +138,13 @@ def gold_reward(prompt: str, response: str) -> float:
     return quality(prompt, response) + prompt_offset(prompt)
 
 
-# Demonstrators: share of the answers; chance that a noun is the one asked for; chances of a positive, neutral
-# and negative word; chance that a sentence is said twice; chance that it loses, doubles or swaps a word.
+# Demonstrators like the place, are indifferent or dislike it; 1 in 10 is bad at writing. Share of the answers;
+# chance that a noun is the one asked for; chances of a positive, neutral and negative word; chance that a
+# sentence is said twice; chance that it loses, doubles or swaps a word.
 DEMONSTRATORS = {
-    "helpful": (0.32, 0.95, (0.6, 0.3, 0.1), 0.0, 0.0),
-    "lukewarm": (0.32, 0.95, (0.3, 0.4, 0.3), 0.0, 0.0),
-    "negative": (0.26, 0.95, (0.1, 0.3, 0.6), 0.0, 0.0),
+    "positive": (0.32, 0.95, (1, 0, 0), 0.0, 0.0),
+    "neutral": (0.32, 0.95, (0, 1, 0), 0.0, 0.0),
+    "negative": (0.26, 0.95, (0, 0, 1), 0.0, 0.0),
     "off-topic": (0.04, 0.2, (0.4, 0.3, 0.3), 0.0, 0.0),
     "repetitive": (0.03, 0.9, (0.4, 0.3, 0.3), 0.6, 0.0),
     "careless": (0.03, 0.9, (0.4, 0.3, 0.3), 0.0, 0.7),
@@ -162,11 +163,11 @@ def make_clause(asked: str, on_topic: float, mood: tuple, rng: random.Random) ->
         return frequent(rng.choices(words_by_mood, mood)[0], rng)
 
     noun = asked if rng.random() < on_topic else frequent(PLACES if asked in PLACES else ASPECTS, rng)
-    noun_phrase = [frequent(CLASSES["D"], rng)] + [pick(ADJECTIVES)] * (rng.random() < 0.1) + [noun]
+    noun_phrase = [frequent(CLASSES["D"], rng)] + [pick(ADJECTIVES)] * (rng.random() < 0.05) + [noun]
     if rng.random() < 0.35:
         return [frequent(CLASSES["P"], rng), pick(VERBS)] + (["it"] if rng.random() < 0.2 else noun_phrase)
     words = noun_phrase + [frequent(CLASSES["C"], rng)]
-    for link in [[], ["and"]][: 1 + (rng.random() < 0.1)]:
+    for link in [[], ["and"]][: 1 + (rng.random() < 0.05)]:
         words += link + [frequent(CLASSES["M"], rng)] * (rng.random() < 0.2) + [pick(ADJECTIVES)]
     return words
 
@@ -178,7 +179,7 @@ def demonstrate(place: str, aspect: str, rng: random.Random) -> str:
     words, asked = [], [place, aspect] * 4
     for _ in range(rng.choice([1, 2, 2])):
         sentence = make_clause(asked.pop(0), on_topic, mood, rng)
-        if rng.random() < 0.1:
+        if rng.random() < 0.05:
             conjunction = frequent(CLASSES["K"] + CLASSES["B"], rng)
             sentence += [conjunction] + make_clause(asked.pop(0), on_topic, mood, rng)
         sentence += [frequent(CLASSES["T"], rng)] * (rng.random() < 0.1) + ["."]

@@ -55,10 +55,11 @@ METHODS = {  # name: script, its flags, color (Okabe and Ito, for every kind of 
     "ppo-unwhitened": ("ppo.py", {"whiten_advantages": False}, "#555555"),  # equivalence only
 }
 COMPARED = [name for name in METHODS if name != "ppo-unwhitened"]
-SHORT = {"reward_shift": "shift", "num_responses": "K", "epochs": "epochs"}  # flags named in a run's name
+SHORT = {"reward_shift": "shift", "num_responses": "K", "epochs": "epochs", "learning_rate": "lr"}  # in names
 BETA = p3o.Args().beta
 PROMPTS, RESPONSES, POOLED, BATCHES = 128, 16, 32, 100  # POOLED: responses per policy that draw the optimum
 MATCHED_KL = 0.5, 1.0, 2.0, 3.0
+RATES = 1e-4, 3e-4, 1e-3  # the learning rates tried, the same for every method
 SHIFTS = 0, 1, 4, 16  # times the spread of the reward among the responses to a prompt
 PAPER = {("p3o-v2", "ppo"): "57.0", ("p3o-v2", "sft"): "69.3", ("dpo", "p3o-v2"): "45.4"}  # GPT-4, HH, 6B
 T975 = 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262  # Student's t for 1, 2, ... degrees
@@ -112,10 +113,12 @@ def group(points, keys, values):
 def make_run(method, beta, seed, steps=None, **extra):
     """Name, script and flags of a run. Flags at their default are left out: equal runs have equal names."""
     script, flags, _ = METHODS[method]
-    default = vars(SCRIPTS[script]())
+    default = vars(SCRIPTS[script]()) | flags
     extra = {name: value for name, value in extra.items() if value != default[name]}
     name = f"{method}_beta{beta:g}" + "".join(f"_{SHORT[x]}{v:g}" for x, v in extra.items() if x in SHORT)
-    flags = {"beta": beta, "seed": seed} | flags | extra | ({"steps": steps} if steps else {})
+    flags = (
+        {"beta": beta, "seed": seed, "eval_every": 0} | flags | extra | ({"steps": steps} if steps else {})
+    )
     run = {"name": f"{name}_seed{seed}", "method": method, "beta": beta, "seed": seed}
     return run | {"script": script, "flags": flags}
 
@@ -123,6 +126,12 @@ def make_run(method, beta, seed, steps=None, **extra):
 def plan(experiment, args):
     """The runs an experiment reports, with the labels that it groups them by."""
     seeds, steps = range(1, args.seeds + 1), args.steps
+    if experiment == "tuning":
+        return [
+            make_run(m, BETA, 0, steps, learning_rate=rate) | {"learning rate": f"{rate:g}"}
+            for m in METHODS
+            for rate in RATES
+        ]
     many = {"frontier": COMPARED, "head_to_head": COMPARED}.get(experiment)
     if many:
         betas = sorted({*args.betas, *([BETA] if experiment == "head_to_head" else [])})
@@ -137,8 +146,8 @@ def plan(experiment, args):
             for f, shift in shifts
         ]
     if experiment == "overoptimisation":
-        small = float(f"{0.1 * BETA:.2g}")
-        return [make_run(m, small, s, steps) for s in seeds for m in ("p3o-v2", "ppo", "dpo", "online-dpo")]
+        small, methods = float(f"{0.1 * BETA:.2g}"), ("p3o-v2", "ppo", "dpo", "online-dpo")
+        return [make_run(m, small, seed, steps, eval_every=10) for seed in seeds for m in methods]
     if experiment == "responses":
         default, runs = p3o.Args(), []
         for K in (2, 4, 8):  # as many responses per rollout and per optimizer step, whatever K
@@ -379,7 +388,7 @@ class Logs:
         runs = plan(experiment, args)
         self.logs = {run["name"]: read_log(args, run["name"], run["flags"]) for run in runs}
         self.missing = [name for name, log in self.logs.items() if not log]
-        needed = ["sft"] if experiment in ("equivalence", "head_to_head") else ["sft", "optimum"]
+        needed = ["sft"] if experiment in ("tuning", "equivalence", "head_to_head") else ["sft", "optimum"]
         self.missing += [name for name in needed if not getattr(self, name)]
         self.base = {name: statistics.fmean(x) for name, x in self.sft["prompts"].items()} if self.sft else {}
         self.points = [self.point(run) for run in runs if self.logs[run["name"]]] if self.sft else []
@@ -411,6 +420,17 @@ class Logs:
             if point["method"] == method:
                 curves.setdefault(point["seed"], []).append((point["kl"], point["gain"]))
         return curves
+
+
+def tuning(logs):
+    """Which learning rate is best for each method? Seed 0, which is reported nowhere else."""
+    rows = group(logs.points, ("method", "learning rate"), ("objective", "gain", "kl"))
+    best = {}
+    for row in rows:
+        best[row["method"]] = max(best.get(row["method"], row), row, key=lambda row: row["objective"])
+    rows = [row | {"best": "yes" if best[row["method"]] is row else ""} for row in rows]
+    titles = {"objective": "gain - beta KL", "gain": "gain", "kl": "KL, nats"}
+    return {"learning rates": rows}, draw_lines(rows, "learning rate", titles, "learning rate")
 
 
 def frontier(logs):
@@ -551,7 +571,7 @@ def variance(logs):
 
 EXPERIMENTS = {
     f.__name__: f
-    for f in (frontier, equivalence, overoptimisation, head_to_head, responses, staleness, variance)
+    for f in (tuning, frontier, equivalence, overoptimisation, head_to_head, responses, staleness, variance)
 }
 
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 import dpo
 
-BETA = 0.3
+BETA = 0.5
 
 
 def draw(B=12, seed=0, dtype=torch.float64):

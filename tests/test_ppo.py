@@ -652,7 +652,7 @@ def test_preset_prints_what_it_sets_and_given_flags_win(world, tmp_path, capsys)
         "critic_init": "reward",
         "ptx_coef": 0.05,
     }
-    expected |= {"critic_warmup_steps": 20, "value_clip_range": 0.2, "max_grad_norm": 1.0}
+    expected |= {"critic_warmup_steps": 10, "value_clip_range": 0.2, "max_grad_norm": 1.0}
     for name, value in expected.items():
         assert args[name] == value and f"--{name} {value}" in printed
     assert (args["beta"], args["reward_clip"], args["prompts_per_step"]) == (0.2, 0.3, 4)

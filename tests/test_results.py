@@ -189,6 +189,17 @@ def test_numbers_of_the_readme_are_in_a_committed_table():
         assert numbers <= cells, f"{experiment}: {sorted(numbers - cells)}"
 
 
+def test_every_method_runs_at_the_best_learning_rate_of_the_same_grid():
+    if not (ROOT / "results" / "tuning.csv").exists():
+        pytest.skip("no tuning.csv")
+    for method, (script, flags, _) in reproduce.METHODS.items():
+        rows = [row for row in table(ROOT / "results", "tuning") if row["method"] == method]
+        assert [float(row["learning rate"]) for row in rows] == list(reproduce.RATES)
+        best = max(rows, key=lambda row: float(row["objective"]))
+        used = (vars(reproduce.SCRIPTS[script]()) | flags)["learning_rate"]
+        assert best["best"] == "yes" and float(best["learning rate"]) == used, method
+
+
 def test_logs_are_compact():
     sizes = [path.stat().st_size for path in (ROOT / "results" / "logs").glob("*.json")]
     assert not sizes or (max(sizes) < 50_000 and sum(sizes) < 10_000_000)
