@@ -138,7 +138,7 @@ def gold_reward(prompt: str, response: str) -> float:
     return quality(prompt, response) + prompt_offset(prompt)
 
 
-# Demonstrators like the place, are indifferent or dislike it; 1 in 10 is bad at writing. Share of the answers;
+# Demonstrators like the place, are indifferent or dislike it; 1 in 10 writes badly. Share of the answers;
 # chance that a noun is the one asked for; chances of a positive, neutral and negative word; chance that a
 # sentence is said twice; chance that it loses, doubles or swaps a word.
 DEMONSTRATORS = {
