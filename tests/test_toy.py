@@ -71,35 +71,35 @@ def refused(capsys, action, *words):
 
 
 def sentiment(v):
-    """3 tanh(v / 3), written with exponentials."""
-    return 3 * (math.exp(2 * v / 3) - 1) / (math.exp(2 * v / 3) + 1)
+    """3 tanh(v), written with exponentials."""
+    return 3 * (math.exp(2 * v) - 1) / (math.exp(2 * v) + 1)
 
 
 @pytest.mark.parametrize(
     "response, expected",
     [
-        ("the cafe is nice .", sentiment(1) + 0.5),
-        ("the cafe is very nice .", sentiment(1.5) + 0.5),
-        ("the cafe is somewhat nice .", sentiment(0.5) + 0.5),
-        ("the cafe is not nice .", sentiment(-1) + 0.5),
-        ("the cafe is not awful .", sentiment(1) + 0.5),
+        ("the cafe is nice .", sentiment(1) + 1.0),
+        ("the cafe is very nice .", sentiment(1.5) + 1.0),
+        ("the cafe is somewhat nice .", sentiment(0.5) + 1.0),
+        ("the cafe is not nice .", sentiment(-1) + 1.0),
+        ("the cafe is not awful .", sentiment(1) + 1.0),
         ("the zoo is awful .", sentiment(-1)),
         ("the zoo is old .", 0.0),
         ("i saw it .", 0.0),
-        (GOOD, sentiment(1 + 1 + 1 + 1.5) + 1.0),
-        ("the cafe is nice . the coffee was bad .", 1.0),
-        ("the cafe is nice and nice .", sentiment(1) + 0.5 - 0.3),
-        ("the cafe is nice . the cafe is not nice .", sentiment(1) + 0.5 - 0.6),
-        ("the cafe is nice", -0.8),
-        ("cafe the is nice . we loved it .", sentiment(1) - 0.8),
-        ("the cafe is wow .", -0.8),
-        ("i saw it . .", -0.8),
-        (".", -0.8),
-        ("", -0.8),
-        ("   \n", -0.8),
-        ("nice nice nice", -0.8 - 0.6),
+        (GOOD, sentiment(1 + 1 + 1 + 1.5) + 2.0),
+        ("the cafe is nice . the coffee was bad .", 2.0),
+        ("the cafe is nice and nice .", sentiment(1) + 1.0 - 0.5),
+        ("the cafe is nice . the cafe is not nice .", sentiment(1) + 1.0 - 1.0),
+        ("the cafe is nice", -1.2),
+        ("cafe the is nice . we loved it .", sentiment(1) - 1.2),
+        ("the cafe is wow .", -1.2),
+        ("i saw it . .", -1.2),
+        (".", -1.2),
+        ("", -1.2),
+        ("   \n", -1.2),
+        ("nice nice nice", -1.2 - 1.0),
         ("the bakery is old . the zoo is new . i saw it .", 0.0),
-        ("the bakery is old . the zoo is new . i saw it . we found it .", -0.15 * 4),
+        ("the bakery is old . the zoo is new . i saw it . we found it .", -0.2 * 4),
     ],
 )
 def test_gold_reward_by_hand(response, expected):
@@ -175,8 +175,8 @@ def naive_quality(prompt, response):
             if word in content:
                 said.append(word)
     repeated = len(said) - len(set(said))
-    relevance = 0.5 * bool(place) + 0.5 * bool(aspect)
-    return sentiment(v) + relevance - 0.8 * broken - 0.3 * repeated - 0.15 * max(0, len(words) - 14)
+    relevance = bool(place) + bool(aspect)
+    return sentiment(v) + relevance - 1.2 * broken - 0.5 * repeated - 0.2 * max(0, len(words) - 14)
 
 
 def test_quality_agrees_with_a_naive_second_computation(rows):
@@ -230,11 +230,11 @@ def test_what_must_lower_the_reward_does(rows):
         said = {word for word in first.split() if toy.CLASS[word] in "NAV"}
         if response.endswith("."):
             if said:  # a sentence said again, an unfinished one, a word of no sentence
-                assert toy.gold_reward(prompt, f"{response} {first}") < gold - 0.29 * len(said)
-            assert toy.gold_reward(prompt, f"{response} the") < gold - 0.79
-            assert toy.gold_reward(prompt, f"{response} nice .") < gold - 0.79
+                assert toy.gold_reward(prompt, f"{response} {first}") < gold - 0.49 * len(said)
+            assert toy.gold_reward(prompt, f"{response} the") < gold - 1.19
+            assert toy.gold_reward(prompt, f"{response} nice .") < gold - 1.19
         if len(response.split()) > 14:
-            assert toy.gold_reward(prompt, f"{response} i saw it .") < gold - 0.44
+            assert toy.gold_reward(prompt, f"{response} i saw it .") < gold - 0.59
     best = toy.gold_reward(PROMPT, GOOD)
     for worse in [
         GOOD.replace("cafe", "zoo"),
@@ -246,7 +246,7 @@ def test_what_must_lower_the_reward_does(rows):
         "i loved the lovely cafe .",
         GOOD + " this friendly staff is very nice .",
     ]:
-        assert toy.gold_reward(PROMPT, worse) < best - 0.1, worse
+        assert toy.gold_reward(PROMPT, worse) < best - 0.02, worse
 
 
 def test_sentiment_has_diminishing_returns():
@@ -297,8 +297,8 @@ def test_the_offset_cancels_in_differences_and_is_wide(rows):
         within.append(statistics.pstdev(golds))
         difference = toy.quality(prompt, answers[0]) - toy.quality(prompt, answers[1])
         assert golds[0] - golds[1] == pytest.approx(difference, abs=1e-12)
-    assert 1.0 < statistics.mean(within) < 1.6
-    assert statistics.pstdev(offsets) > 3.5 * statistics.mean(within)
+    assert 2.0 < statistics.mean(within) < 2.6
+    assert statistics.pstdev(offsets) > 2.5 * statistics.mean(within)
 
 
 def test_the_offset_never_changes():
