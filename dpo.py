@@ -60,19 +60,13 @@ class Args:
     model: str = flag("out/sft", "SFT model: where the policy starts, and the reference of the KL")
     reward_model: str = flag("out/reward_model", "sequence-classification model with one label")
     online: bool = flag(False, "learn from fresh responses, two per prompt, ranked by the reward model")
-    labels: Literal["ranked", "sampled"] = flag(
-        "ranked", "online: the higher score is chosen, or one drawn by Bradley-Terry, P = sigmoid(r1 - r2)"
-    )
-    dataset: str | None = flag(
-        None, "hub name or local path; None: data/toy/preferences, online data/toy/prompts"
-    )
+    labels: Literal["ranked", "sampled"] = flag("ranked", "online; sampled: by Bradley-Terry")
+    dataset: str | None = flag(None, "hub name or path; None: data/toy/preferences, online data/toy/prompts")
     eval_dataset: str | None = flag(None, "held-out prompts; None: --dataset if given, else data/toy/prompts")
     output_dir: str | None = flag(None, "folder of this run; None: out/dpo, online out/dpo_online")
     seed: int = flag(0, "of data order and sampling")
     device: str = flag("auto", "auto (cuda when there is one), cpu, cuda, cuda:1, ...")
-    dtype: Literal["float32", "bfloat16"] = flag(
-        "float32", "bfloat16: autocast; trained weights stay in float32"
-    )
+    dtype: Literal["float32", "bfloat16"] = flag("float32", "bfloat16: autocast, over float32 weights")
     learning_rate: float = flag(1e-4, "AdamW, falls linearly to 0; 5e-7 to 5e-6 for pretrained models")
     steps: int | None = flag(None, "online: rollouts, None: 60; offline: optimizer steps, None: by --epochs")
     prompts_per_step: int = flag(64, "online: B, prompts per rollout; offline a step is one minibatch")
@@ -88,9 +82,7 @@ class Args:
     eval_every: int = flag(20, "steps between evaluations on held-out rows; 0: only before and after")
     eval_prompts: int = flag(256, "held-out prompts of an evaluation, and offline held-out pairs")
     save_every: int = flag(20, "steps between checkpoints; 0: only the last")
-    resume: bool = flag(
-        False, "continue from the last checkpoint; only steps, save_every and device may change"
-    )
+    resume: bool = flag(False, "continue from the last checkpoint; steps, save_every, device may change")
     overwrite: bool = flag(False, "replace the run in output_dir")
 
 

@@ -62,34 +62,20 @@ class Args:
     dataset: str = flag("data/toy/prompts", "hub name or local path; only the prompts of its test split")
     output_dir: str = flag("out/evaluation", "folder of the report")
     num_prompts: int = flag(32, "P, held-out prompts")
-    samples_per_prompt: int | None = flag(
-        None, "S, responses of each policy to each prompt; default: 320 in all, which also draw the optimum"
-    )
+    samples_per_prompt: int | None = flag(None, "S, responses to each prompt; default: 320 over all policies")
     seed: int = flag(0, "of sampling")
     device: str = flag("auto", "auto (cuda when there is one), cpu, cuda, cuda:1, ...")
     dtype: Literal["float32", "bfloat16"] = flag("float32", "bfloat16: autocast")
     micro_batch_size: int = flag(64, "responses per forward pass")
     sample_batch_size: int = flag(1024, "responses sampled at a time")
-    reward_model: str | None = flag(
-        None, "sequence-classification model with one label; default: the runs' own"
-    )
+    reward_model: str | None = flag(None, "with one label; default: the runs' own")
     temperature: float | None = flag(None, "divides the logits; default: the runs' own")
-    prompt_length: int | None = flag(
-        None, "tokens; longer prompts are dropped and counted; default: the runs' own"
-    )
+    prompt_length: int | None = flag(None, "tokens; longer ones are dropped; default: the runs' own")
     response_length: int | None = flag(None, "tokens sampled at most, EOS included; default: the runs' own")
-    missing_eos_penalty: float | None = flag(
-        None, "subtracted from the score without EOS; default: the runs' own"
-    )
-    judge_base_url: str | None = flag(
-        None, "OpenAI-compatible endpoint, as http://localhost:8000/v1; its key in JUDGE_API_KEY"
-    )
-    judge_model: str | None = flag(
-        None, "name of the judge at that endpoint; asked about every pair of policies"
-    )
-    judge_criteria: str | None = flag(
-        None, "what makes a response better; default: fits the toy, or any assistant"
-    )
+    missing_eos_penalty: float | None = flag(None, "off the score without EOS; default: the runs' own")
+    judge_base_url: str | None = flag(None, "OpenAI-compatible endpoint; key in JUDGE_API_KEY")
+    judge_model: str | None = flag(None, "name at that endpoint; asked about every pair of policies")
+    judge_criteria: str | None = flag(None, "what is better; default: fits the toy, or any assistant")
     overwrite: bool = flag(False, "replace the report in output_dir")
 
 

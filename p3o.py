@@ -60,9 +60,7 @@ class Args:
     output_dir: str = flag("out/p3o", "folder of this run")
     seed: int = flag(0, "of data order and sampling")
     device: str = flag("auto", "auto (cuda when there is one), cpu, cuda, cuda:1, ...")
-    dtype: Literal["float32", "bfloat16"] = flag(
-        "float32", "bfloat16: autocast; trained weights stay in float32"
-    )
+    dtype: Literal["float32", "bfloat16"] = flag("float32", "bfloat16: autocast, over float32 weights")
     learning_rate: float = flag(3e-4, "AdamW, falls linearly to 0; 1e-6 to 1e-5 for pretrained models")
     steps: int = flag(60, "rollouts in all; may be raised on --resume")
     prompts_per_step: int = flag(64, "B, prompts per rollout")
@@ -70,19 +68,11 @@ class Args:
     epochs: int = flag(2, "passes over each rollout; 1 to 4")
     minibatch_size: int = flag(32, "prompts per optimizer step, each with all its responses")
     micro_batch_size: int = flag(0, "prompts per forward pass: same gradient, less memory; 0: the minibatch")
-    beta: float = flag(
-        0.5, "weight of the KL to the SFT model in the reward; 0.05 for HH in the first author's code"
-    )
-    clipping: Literal["joint", "separate", "none"] = flag(
-        "joint", "P3O-V2, P3O-V1, or the vanilla pairwise gradient"
-    )
+    beta: float = flag(0.5, "weight of the KL to the SFT model; 0.05 for HH in the author's code")
+    clipping: Literal["joint", "separate", "none"] = flag("joint", "P3O-V2, V1, or vanilla gradient")
     clip_range: float = flag(0.2, "epsilon: of rho (separate), of the difference of log rho in nats (joint)")
-    max_importance_weight: float | None = flag(
-        None, "c: importance weights held in [1/c, c]; 10 in the author's code"
-    )
-    reward_shift: float = flag(
-        0.0, "times a fixed normal offset per prompt, added to the scores: P3O cannot notice"
-    )
+    max_importance_weight: float | None = flag(None, "c: weights held in [1/c, c]; 10 in the author's code")
+    reward_shift: float = flag(0.0, "times a fixed normal offset per prompt, added to the scores")
     missing_eos_penalty: float = flag(1.0, "subtracted from the score of a response cut off without EOS")
     temperature: float = flag(1.0, "divides the logits, when sampling and in every log-prob")
     prompt_length: int = flag(32, "tokens; longer prompts are dropped and counted")
@@ -91,9 +81,7 @@ class Args:
     eval_every: int = flag(20, "steps between evaluations on held-out prompts; 0: only before and after")
     eval_prompts: int = flag(256, "held-out prompts of an evaluation")
     save_every: int = flag(20, "steps between checkpoints; 0: only the last")
-    resume: bool = flag(
-        False, "continue from the last checkpoint; only steps, save_every and device may change"
-    )
+    resume: bool = flag(False, "continue from the last checkpoint; steps, save_every, device may change")
     overwrite: bool = flag(False, "replace the run in output_dir")
 
 

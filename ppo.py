@@ -79,14 +79,10 @@ class Args:
     reward_model: str = flag("out/reward_model", "sequence-classification model with one label")
     dataset: str = flag("data/toy/prompts", "hub name or local path; only its prompts are used")
     output_dir: str = flag("out/ppo", "folder of this run; the critic goes to its subfolder critic/")
-    preset: Literal["none", "ppo_max"] = flag(
-        "none", "ppo_max: the combination of [Secrets]; flags given beside it win"
-    )
+    preset: Literal["none", "ppo_max"] = flag("none", "the combination of [Secrets]; flags given win")
     seed: int = flag(0, "of data order and sampling")
     device: str = flag("auto", "auto (cuda when there is one), cpu, cuda, cuda:1, ...")
-    dtype: Literal["float32", "bfloat16"] = flag(
-        "float32", "bfloat16: autocast; trained weights stay in float32"
-    )
+    dtype: Literal["float32", "bfloat16"] = flag("float32", "bfloat16: autocast, over float32 weights")
     learning_rate: float = flag(3e-4, "of the policy; AdamW, falls linearly to 0; 5e-7 for 7B in [Secrets]")
     critic_learning_rate: float = flag(1e-3, "of the critic, falls likewise; 1.65e-6 for 7B in [Secrets]")
     steps: int = flag(60, "rollouts in all; may be raised on --resume")
@@ -96,9 +92,7 @@ class Args:
     minibatch_size: int = flag(32, "prompts per optimizer step, each with all its responses")
     micro_batch_size: int = flag(0, "prompts per forward pass: same gradient, less memory; 0: the minibatch")
     beta: float = flag(0.5, "weight of the KL to the SFT model in the token rewards; 0.05 in PPO-max")
-    kl_target: float | None = flag(
-        None, "nats per response: beta adapts to hold the KL there; none: beta is fixed"
-    )
+    kl_target: float | None = flag(None, "nats per response: beta adapts to hold the KL there")
     kl_horizon: float = flag(10000, "responses in which beta adapts, with --kl_target [KL]")
     gamma: float = flag(1.0, "discount per token")
     lam: float = flag(0.95, "of GAE: 1 is the Monte-Carlo return, 0 the TD error")
@@ -107,26 +101,16 @@ class Args:
     penalty_coef: float = flag(0.5, "weight of KL(pi_old || pi) per token in PPO-Penalty")
     value_clip_range: float = flag(0.2, "values move at most so far per rollout; 0: unclipped")
     normalize_reward: bool = flag(False, "(score - mean) / std of all scores seen so far")
-    scale_reward: bool = flag(
-        False, "score / std of all scores seen so far; studied in [Secrets], not in PPO-max"
-    )
-    reward_clip: float | None = flag(
-        None, "scores held in [-c, c] after that; 0.8 in PPO-max, 0.3 also studied"
-    )
+    scale_reward: bool = flag(False, "score / std of all scores so far; studied in [Secrets], not in PPO-max")
+    reward_clip: float | None = flag(None, "scores then held in [-c, c]; 0.8 in PPO-max, 0.3 also studied")
     whiten_advantages: bool = flag(True, "advantages less their mean, over their std; not in PPO-max")
-    advantage_clip: float | None = flag(
-        None, "advantages held in [-c, c]; 0.12 to 0.5 studied in [Secrets], not in PPO-max"
-    )
-    critic_init: Literal["reward", "sft"] = flag(
-        "reward", "critic from the reward model, or SFT model with a zero head"
-    )
+    advantage_clip: float | None = flag(None, "held in [-c, c]; 0.12 to 0.5 in [Secrets], not in PPO-max")
+    critic_init: Literal["reward", "sft"] = flag("reward", "reward model, or SFT model with a zero head")
     critic_warmup_steps: int = flag(0, "critic pretraining: steps at the start in which the policy rests")
     entropy_coef: float = flag(0.0, "weight of the entropy per token; studied in [Secrets], not in PPO-max")
     ptx_coef: float = flag(0.0, "PPO-ptx: weight of the demonstrations' log-likelihood per token")
     ptx_dataset: str = flag("data/toy/sft", "demonstrations of --ptx_coef: hub name or local path")
-    reward_shift: float = flag(
-        0.0, "times a fixed normal offset per prompt, added to the scores: PPO has to learn it"
-    )
+    reward_shift: float = flag(0.0, "times a fixed normal offset per prompt, added to the scores")
     missing_eos_penalty: float = flag(1.0, "subtracted from the score of a response cut off without EOS")
     temperature: float = flag(1.0, "divides the logits, when sampling and in every log-prob")
     prompt_length: int = flag(32, "tokens; longer prompts are dropped and counted")
@@ -135,9 +119,7 @@ class Args:
     eval_every: int = flag(20, "steps between evaluations on held-out prompts; 0: only before and after")
     eval_prompts: int = flag(256, "held-out prompts of an evaluation")
     save_every: int = flag(20, "steps between checkpoints; 0: only the last")
-    resume: bool = flag(
-        False, "continue from the last checkpoint; only steps, save_every and device may change"
-    )
+    resume: bool = flag(False, "continue from the last checkpoint; steps, save_every, device may change")
     overwrite: bool = flag(False, "replace the run in output_dir")
 
 

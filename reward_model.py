@@ -56,26 +56,20 @@ class Args:
     seed: int = flag(0, "of the score head and the data order")
     device: str = flag("auto", "auto (cuda when there is one), cpu, cuda, cuda:1, ...")
     dtype: Literal["float32", "bfloat16"] = flag("float32", "bfloat16: autocast; weights stay in float32")
-    learning_rate: float = flag(
-        1e-3, "AdamW, rises for a tenth of the steps, then falls to 0; 1e-5 for pretrained models"
-    )
+    learning_rate: float = flag(1e-3, "AdamW, rises, then falls to 0; 1e-5 for pretrained models")
     epochs: int = flag(1, "passes over the data; more than one overfits")
     steps: int | None = flag(None, "optimizer steps instead of --epochs")
     minibatch_size: int = flag(32, "pairs per optimizer step")
     micro_batch_size: int = flag(0, "pairs per forward pass: same gradient, less memory; 0: the minibatch")
     margin: float = flag(0.0, "subtracted from the difference of the scores before the sigmoid")
-    lm_coef: float = flag(
-        0.0, "weight of the language-model loss on chosen responses; 1 in the paper, 0 in its code"
-    )
+    lm_coef: float = flag(0.0, "weight of the LM loss on chosen responses; 1 in the paper, 0 in its code")
     prompt_length: int = flag(32, "tokens; longer prompts are dropped and counted")
     response_length: int = flag(24, "tokens; longer responses are cut, EOS included")
     max_grad_norm: float = flag(1.0, "global gradient-norm clip")
     eval_every: int = flag(50, "steps between evaluations on held-out pairs; 0: only before and after")
     eval_rows: int = flag(1000, "held-out pairs of an evaluation")
     save_every: int = flag(100, "steps between checkpoints; 0: only the last")
-    resume: bool = flag(
-        False, "continue from the last checkpoint; only steps, save_every and device may change"
-    )
+    resume: bool = flag(False, "continue from the last checkpoint; steps, save_every, device may change")
     overwrite: bool = flag(False, "replace the run in output_dir")
 
 

@@ -47,9 +47,7 @@ class Args:
     seed: int = flag(0, "of initialisation, data order and samples")
     device: str = flag("auto", "auto (cuda when there is one), cpu, cuda, cuda:1, ...")
     dtype: Literal["float32", "bfloat16"] = flag("float32", "bfloat16: autocast; weights stay in float32")
-    learning_rate: float = flag(
-        3e-3, "AdamW, rises for a tenth of the steps, then falls to 0; 1e-5 to 5e-5 for pretrained models"
-    )
+    learning_rate: float = flag(3e-3, "AdamW, rises, then falls to 0; 1e-5 to 5e-5 for pretrained models")
     epochs: int = flag(2, "passes over the data")
     steps: int | None = flag(None, "optimizer steps instead of --epochs")
     minibatch_size: int = flag(32, "rows per optimizer step")
@@ -61,9 +59,7 @@ class Args:
     eval_every: int = flag(100, "steps between evaluations on held-out rows; 0: only before and after")
     eval_rows: int = flag(500, "held-out rows of an evaluation")
     save_every: int = flag(100, "steps between checkpoints; 0: only the last")
-    resume: bool = flag(
-        False, "continue from the last checkpoint; only steps, save_every and device may change"
-    )
+    resume: bool = flag(False, "continue from the last checkpoint; steps, save_every, device may change")
     overwrite: bool = flag(False, "replace the run in output_dir")
 
 

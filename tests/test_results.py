@@ -93,7 +93,11 @@ def test_plots_only_writes_everything(folder, monkeypatch):
     for experiment in reproduce.EXPERIMENTS:
         assert (folder / f"{experiment}.png").stat().st_size > 5000
         text = (folder / f"{experiment}.md").read_text()
-        assert f"Commit 0123456; seeds {int(experiment != 'tuning')}" in text and "a machine" in text and "missing" not in text
+        assert (
+            f"Commit 0123456; seeds {int(experiment != 'tuning')}" in text
+            and "a machine" in text
+            and "missing" not in text
+        )
         cells = {
             n for row in table(folder, experiment) for cell in row.values() for n in NUMBER.findall(cell)
         }
