@@ -2,6 +2,9 @@
 
     python evaluate.py [RUN ...] [--flags]     default: every run found under out/; writes out/evaluation
 
+says, after the quick start, in 0.6 minutes on two x86 cores
+    p3o: 96.3% of the optimum's gain at its KL, 1.26 nats; reward 3.447, 0.081 below the optimum.
+
 Every run answers the same held-out prompts with the same random numbers. All methods maximise the same thing,
 E[r] - beta KL(pi || pi_SFT). Its optimum has a closed form, whose KL-reward curve no policy exceeds:
 

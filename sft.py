@@ -2,6 +2,9 @@
 
     python sft.py     the embedded task, after toy.py; other models: README.md
 
+ends, on two x86 cores, with
+    out/sft: perplexity 3.51 on 500 held-out rows; 1125 steps, 0.8 minutes
+
     maximise  log pi(y|x)  over completion tokens, prompt masked out, EOS inside        completion_loss
 
 Without EOS in the loss the policy would never stop. Preference data serve too: chosen responses are targets.

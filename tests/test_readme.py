@@ -99,3 +99,11 @@ def test_the_log_in_the_readme_is_the_committed_one():
     log = (ROOT / "results/quickstart/log.txt").read_text().splitlines()
     shown = next(body for kind, body in BLOCKS if kind == "").splitlines()
     assert shown and set(shown) <= set(log)
+
+
+@pytest.mark.parametrize("script", ["sft.py", "reward_model.py", "p3o.py", "ppo.py", "evaluate.py"])
+def test_the_last_line_in_a_docstring_is_the_committed_one(script):
+    log = (ROOT / "results/quickstart/log.txt").read_text().splitlines()
+    docstring = (ROOT / script).read_text().split('"""')[1]
+    shown = [line.strip() for line in docstring.splitlines() if line.startswith(("    out/", "    p3o: "))]
+    assert len(shown) == 1 and shown[0] in log
