@@ -1,4 +1,6 @@
+import multiprocessing
 import os
+import runpy
 import subprocess
 import sys
 import tempfile
@@ -18,10 +20,36 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 
-def run_script(script, *args, cwd, **kwargs):
-    """One script as its own process; its output as text. Does not check the exit status."""
-    command = [sys.executable, str(ROOT / script), *map(str, args)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, **kwargs)
+LIBRARIES = ["conftest", "p3o", "transformers.models.gpt2.modeling_gpt2", "matplotlib.figure"]
+context = multiprocessing.get_context(
+    "forkserver"
+)  # a process that has imported them: a script starts at once
+context.set_forkserver_preload(LIBRARIES)
+
+
+def child(script, argv, cwd, log):
+    """Runs in the child: one script as from the command line, its output into two files."""
+    os.chdir(cwd)
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{log}.{name}", os.O_WRONLY | os.O_CREAT), number)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
+    sys.argv = [str(ROOT / script), *argv]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def run_script(script, *args, cwd, env=None):
+    """One script as its own process (env: a fresh one); its output as text. Does not check the exit status."""
+    argv = [str(arg) for arg in args]
+    if env:
+        command = [sys.executable, str(ROOT / script), *argv]
+        return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
+    with tempfile.TemporaryDirectory() as folder:
+        process = context.Process(target=child, args=(script, argv, str(cwd), f"{folder}/log"))
+        process.start()
+        process.join(300)
+        assert process.exitcode is not None, f"{script} hangs"
+        out, err = (Path(folder, f"log.{name}").read_text() for name in ("out", "err"))
+    return subprocess.CompletedProcess([script, *argv], process.exitcode, out, err)
 
 
 CHATML = (
