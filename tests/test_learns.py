@@ -6,8 +6,8 @@ import statistics
 import pytest
 from conftest import run_script
 
-QUICK = ["--prompts_per_step", 32, "--minibatch_size", 16, "--steps", 15, "--learning_rate", 5e-4]
-QUICK += ["--eval_every", 0, "--eval_prompts", 128, "--beta", 0.1]
+QUICK = ["--prompts_per_step", 32, "--minibatch_size", 16, "--steps", 8, "--learning_rate", 1e-3]
+QUICK += ["--eval_every", 0, "--eval_prompts", 96, "--beta", 0.1]
 
 
 def read(folder, name):
@@ -21,17 +21,17 @@ def read(folder, name):
         ("p3o.py", ["--clipping", "separate", "--max_importance_weight", 10]),
         ("p3o.py", ["--clipping", "none", "--epochs", 1, "--num_responses", 4]),
         ("ppo.py", []),
-        ("dpo.py", ["--online", "--labels", "sampled", "--learning_rate", 6e-4]),
+        ("dpo.py", ["--online", "--labels", "sampled"]),
     ],
     ids=["p3o-v2", "p3o-v1", "pairwise-gradient-4-responses", "ppo", "online-dpo"],
 )
 def test_the_reward_rises(chain, tmp_path, script, options):
     done = run_script(script, *QUICK, *options, "--output_dir", tmp_path / "run", cwd=chain)
     assert done.returncode == 0, done.stderr
-    rewards = {0: [], 15: []}
+    rewards = {0: [], 8: []}
     for sample in read(tmp_path / "run", "samples.jsonl"):
         rewards[sample["step"]].append(sample["reward"])
-    before, after = rewards[0], rewards[15]
+    before, after = rewards[0], rewards[8]
     error = (statistics.variance(before) / len(before) + statistics.variance(after) / len(after)) ** 0.5
     assert statistics.mean(after) - statistics.mean(before) > 4 * error
     metrics = read(tmp_path / "run", "metrics.jsonl")
@@ -39,7 +39,7 @@ def test_the_reward_rises(chain, tmp_path, script, options):
     assert 0 < metrics[-1]["eval_kl"] < 15
     if script != "dpo.py":  # labels hide by how much a response is better: so few steps overshoot in KL
         assert metrics[-1]["eval_objective"] > metrics[0]["eval_objective"]
-    assert [row["step"] for row in metrics] == list(range(16))
+    assert [row["step"] for row in metrics] == list(range(9))
 
 
 def test_sft_and_reward_model_learn(chain):
