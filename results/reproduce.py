@@ -701,7 +701,7 @@ def finish(axis, labels, right, title):
 def draw_lines(rows, x, titles, label):
     """A panel for each value against x, which takes few values: a line for each method."""
     figure, axes = panels(len(titles))
-    ticks = sorted({row[x] for row in rows})
+    ticks = sorted({row[x] for row in rows}, key=float)
     for axis, (value, title) in zip(axes, titles.items()):
         ends = []
         for method in dict.fromkeys(row["method"] for row in rows):
