@@ -437,6 +437,15 @@ def sample_responses(model, prompt_ids, prompt_mask, response_length, temperatur
     return response_ids, first_eos_mask(response_ids, eos_id)
 
 
+def prompt_offsets(count, size):
+    """delta(x), size times a normal draw per prompt, the same in every run: (count, 1), float64.
+
+    Multiples of 1/256: with so few bits float64 holds score + delta(x), and all differences of it, exactly.
+    """
+    draws = torch.randn(count, 1, generator=torch.Generator().manual_seed(0)).double()
+    return (size * draws * 256).round() / 256
+
+
 @torch.no_grad()
 def rollout(models, examples, num_responses, eos_id, tokenizer, args):
     """K responses to each of B prompts, scored: tensors of N = B * K rows, and seconds by phase.
@@ -768,7 +777,7 @@ def main(args):
     held_out, _ = read_examples(args.dataset, ["validation", "test"], 0, tokenizer, args, args.eval_prompts)
     policy, reference = (load_model(AutoModelForCausalLM, args.model, tokenizer, args) for _ in range(2))
     models = policy, reference.requires_grad_(False), *load_reward_model(args.reward_model, tokenizer, args)
-    offsets = torch.randn(len(prompts), 1, generator=torch.Generator().manual_seed(0)).double()
+    offsets = prompt_offsets(len(prompts), args.reward_shift).to(args.device)
     settings = {"lr": args.learning_rate, "betas": (0.9, 0.95), "eps": 1e-5, "weight_decay": 0.0}
     optimizer = torch.optim.AdamW(policy.parameters(), **settings)
     checkpoint, start = open_run(args), time.perf_counter()
@@ -788,8 +797,8 @@ def main(args):
         rows = data_order(len(prompts), args.prompts_per_step, step, args.seed)
         batch, seconds = rollout(models, [prompts[row] for row in rows], K, eos_id, tokenizer, args)
         # 2. Trajectory rewards, (B, K): the KL of the whole response is part of them. Shifted scores are in
-        #    float64, where an offset per prompt does not round their differences.
-        score = batch["score"].view(-1, K) + args.reward_shift * offsets[rows].to(args.device)
+        #    float64, where prompt_offsets does not round their differences.
+        score = batch["score"].view(-1, K) + offsets[rows]
         logp_old_seq, logp_ref_seq = (batch[x].sum(1).view(-1, K) for x in ("logp_old_tok", "logp_ref_tok"))
         reward = trajectory_reward(score, logp_old_seq, logp_ref_seq, args.beta)
         # 3. Climb the pairwise objective: epochs of minibatches, the responses to a prompt always together.

@@ -573,6 +573,15 @@ def sample_responses(model, prompt_ids, prompt_mask, response_length, temperatur
     return response_ids, first_eos_mask(response_ids, eos_id)
 
 
+def prompt_offsets(count, size):
+    """delta(x), size times a normal draw per prompt, the same in every run: (count, 1), float64.
+
+    Multiples of 1/256: with so few bits float64 holds score + delta(x), and all differences of it, exactly.
+    """
+    draws = torch.randn(count, 1, generator=torch.Generator().manual_seed(0)).double()
+    return (size * draws * 256).round() / 256
+
+
 @torch.no_grad()
 def rollout(models, examples, num_responses, eos_id, tokenizer, args):
     """K responses to each of B prompts, scored: tensors of N = B * K rows, and seconds by phase.
@@ -988,7 +997,7 @@ def main(args):
     normalizer = RunningNormalizer(
         args.normalize_reward, args.normalize_reward or args.scale_reward, args.reward_clip
     )
-    offsets = torch.randn(len(prompts), 1, generator=torch.Generator().manual_seed(0)).double()
+    offsets = prompt_offsets(len(prompts), args.reward_shift).to(args.device)
     settings = {"betas": (0.9, 0.95), "eps": 1e-5, "weight_decay": 0.0}
     trained, rates = (policy, critic), (args.learning_rate, args.critic_learning_rate)
     optimizers = [torch.optim.AdamW(m.parameters(), lr, **settings) for m, lr in zip(trained, rates)]
@@ -1015,7 +1024,7 @@ def main(args):
         batch, seconds = rollout(models, [prompts[row] for row in rows], K, eos_id, tokenizer, args)
         clock = time.perf_counter()
         # 2. Token rewards from the (normalised) scores and the KL; values; advantages and returns.
-        score = batch["score"].view(-1, K) + args.reward_shift * offsets[rows].to(args.device)
+        score = batch["score"].view(-1, K) + offsets[rows]
         metrics = rollout_metrics(batch, K, args.beta)
         metrics |= {"beta": beta}
         metrics |= estimate_advantages(critic, batch, normalizer(score.flatten()), beta, args)

@@ -519,3 +519,17 @@ def test_shapes_that_would_broadcast_are_refused(clipping, shape):
     if clipping != "none":
         with pytest.raises(ValueError, match="shape"):
             pair_loss(new, torch.zeros(shape, dtype=torch.float64), torch.zeros_like(new), clipping)
+
+
+@pytest.mark.parametrize("size", [0.1, 1.7, 6.8, 10.0, 27.0])
+def test_prompt_offsets_leave_every_difference_as_it_was(size):
+    """On rewards as main makes them, float32 numbers in float64; most other offsets round some of them."""
+    torch.manual_seed(0)
+    score, new, ref = 2 * torch.randn(50_000, 2), -20 * torch.rand(50_000, 2), -20 * torch.rand(50_000, 2)
+    offsets = p3o.prompt_offsets(50_000, size)
+    rewards = [p3o.trajectory_reward(s, new, ref, 0.5) for s in (score.double(), score.double() + offsets)]
+    plain, shifted = (r[:, 0] - r[:, 1] for r in rewards)
+    assert torch.equal(plain, shifted)
+    assert offsets.shape == (50_000, 1) and offsets.dtype == torch.float64
+    assert offsets.std().item() == pytest.approx(size, rel=0.02)
+    assert torch.equal(offsets[:10], p3o.prompt_offsets(50_000, size)[:10])
