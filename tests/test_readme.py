@@ -2,11 +2,9 @@
 
 import ast
 import dataclasses
-import importlib
+import importlib.util
 import re
 import shlex
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -34,8 +32,10 @@ def test_commands_and_flags():
     assert len(found) >= 10
     for script, words in found:
         if script == "results/reproduce.py":  # its experiments are words, so its own parser judges
-            done = subprocess.run([sys.executable, ROOT / script, *words, "--help"], capture_output=True)
-            assert done.returncode == 0 and set(words) <= set(done.stdout.decode().replace(",", " ").split())
+            spec = importlib.util.spec_from_file_location("reproduce", ROOT / script)
+            reproduce = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(reproduce)
+            reproduce.parse_args(words)  # exits where it does not know one
             continue
         flags = [word.partition("=")[0] for word in words if word.startswith("--")]
         fields = {f.name for f in dataclasses.fields(importlib.import_module(script[:-3]).Args)}
