@@ -60,7 +60,7 @@ class Args:
     model: str = flag("out/sft", "SFT model: where the policy starts, and the reference of the KL")
     reward_model: str = flag("out/reward_model", "sequence-classification model with one label")
     online: bool = flag(False, "learn from fresh responses, two per prompt, ranked by the reward model")
-    labels: Literal["ranked", "sampled"] = flag("ranked", "online; sampled: by Bradley-Terry")
+    labels: Literal["ranked", "sampled"] = flag("ranked", "online winner: higher score, or by Bradley-Terry")
     dataset: str | None = flag(None, "hub name or path; None: data/toy/preferences, online data/toy/prompts")
     eval_dataset: str | None = flag(None, "held-out prompts; None: --dataset if given, else data/toy/prompts")
     output_dir: str | None = flag(None, "folder of this run; None: out/dpo, online out/dpo_online")

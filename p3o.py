@@ -92,7 +92,7 @@ class Args:
 def trajectory_reward(score, logp_old_seq, logp_ref_seq, beta):
     """R(x, y) = r(x, y) - beta log(pi_old(y|x) / pi_SFT(y|x)), one number per response [P3O, sec. 4].
 
-    All (B, K), log-probs in nats per response. float64 scores give float64 rewards with exact differences.
+    All (B, K), log-probs in nats per response. float64 scores give float64 rewards.
     """
     return score - beta * (logp_old_seq - logp_ref_seq)
 
@@ -440,7 +440,7 @@ def sample_responses(model, prompt_ids, prompt_mask, response_length, temperatur
 def prompt_offsets(count, size):
     """delta(x), size times a normal draw per prompt, the same in every run: (count, 1), float64.
 
-    Multiples of 1/256: with so few bits float64 holds score + delta(x), and all differences of it, exactly.
+    Multiples of 1/256: so few bits that float64 holds float32 scores + delta(x), and differences, exactly.
     """
     draws = torch.randn(count, 1, generator=torch.Generator().manual_seed(0)).double()
     return (size * draws * 256).round() / 256

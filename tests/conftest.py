@@ -21,9 +21,8 @@ sys.path.insert(0, str(ROOT))
 
 
 LIBRARIES = ["conftest", "p3o", "transformers.models.gpt2.modeling_gpt2", "matplotlib.figure"]
-context = multiprocessing.get_context(
-    "forkserver"
-)  # a process that has imported them: a script starts at once
+# A process that has imported them is forked for every script, which so starts at once.
+context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(LIBRARIES)
 
 
