@@ -61,6 +61,7 @@ PROMPTS, RESPONSES, POOLED, BATCHES = 128, 16, 32, 100  # POOLED: responses per 
 MATCHED_KL = 0.5, 1.0, 2.0, 3.0
 RATES = 1e-4, 3e-4, 1e-3  # the learning rates tried, the same for every method; one more where the best was
 WIDER = {"dpo": 3e-5, "online-dpo": 3e-5, "ppo-max": 3e-3}  # the lowest or the highest of them
+SEEDS = {"frontier": 5, "head_to_head": 5, "equivalence": 5}  # of the other experiments 3
 SHIFTS = 0, 1, 4, 16  # times the spread of the reward among the responses to a prompt
 PAPER = {("p3o-v2", "ppo"): "57.0", ("p3o-v2", "sft"): "69.3", ("dpo", "p3o-v2"): "45.4"}  # GPT-4, HH, 6B
 T975 = 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262  # Student's t for 1, 2, ... degrees
@@ -126,7 +127,7 @@ def make_run(method, beta, seed, steps=None, **extra):
 
 def plan(experiment, args):
     """The runs an experiment reports, with the labels that it groups them by."""
-    seeds, steps = range(1, args.seeds + 1), args.steps
+    seeds, steps = range(1, (args.seeds or SEEDS.get(experiment, 3)) + 1), args.steps
     if experiment == "tuning":
         return [
             make_run(m, BETA, 0, steps, learning_rate=rate) | {"learning rate": f"{rate:g}"}
@@ -424,14 +425,16 @@ class Logs:
 
 
 def tuning(logs):
-    """Which learning rate is best for each method? Seed 0, which is reported nowhere else."""
+    """Which learning rate is best for each method? Seed 0, which is reported nowhere else.
+
+    The picture ends at 0; the table does not."""
     rows = group(logs.points, ("method", "learning rate"), ("objective", "gain", "kl"))
     best = {}
     for row in rows:
         best[row["method"]] = max(best.get(row["method"], row), row, key=lambda row: row["objective"])
     rows = [row | {"best": "yes" if best[row["method"]] is row else ""} for row in rows]
-    titles = {"objective": "gain - beta KL", "gain": "gain", "kl": "KL, nats"}
-    return {"learning rates": rows}, draw_lines(rows, "learning rate", titles, "learning rate")
+    titles = {"objective": "gain - beta KL", "gain": "gain"}
+    return {"learning rates": rows}, draw_lines(rows, "learning rate", titles, "learning rate", bottom=0)
 
 
 def frontier(logs):
@@ -470,15 +473,43 @@ def frontier(logs):
 
 
 def equivalence(logs):
-    """What does an equivalent reward, one offset per prompt, change?"""
-    first = {(p["method"], p["seed"]): p["log"]["sha256"] for p in logs.points if not p["times"]}
-    rows = group(logs.points, ("method", "times", "shift"), ("gain", "gold_gain", "kl", "length", "eos"))
+    """What does an equivalent reward, one offset per prompt, change?
+
+    times: the offsets' standard deviation over that of the reward among SFT responses to a prompt.
+    Objective: gain less beta KL. The last table is about the rewards as they are, unshifted."""
+    first = {(p["method"], p["seed"]): p for p in logs.points if not p["times"]}
+    values = "gain", "gold_gain", "kl", "objective", "length", "eos"
+    rows = group(logs.points, ("method", "times", "shift"), values)
     for row in rows:
         own = [p for p in logs.points if (p["method"], p["times"]) == (row["method"], row["times"])]
-        same = [first.get((p["method"], p["seed"])) == p["log"]["sha256"] for p in own]
+        pairs = [(p, first[p["method"], p["seed"]]) for p in own if (p["method"], p["seed"]) in first]
+        same = [p["log"]["sha256"] == unshifted["log"]["sha256"] for p, unshifted in pairs]
+        row |= stat("objective lost", [u["objective"] - p["objective"] for p, u in pairs])
         row["identical weights"] = f"{sum(same)} of {len(same)}"
+    p3o_v2 = {(p["times"], p["seed"]): p["objective"] for p in logs.points if p["method"] == "p3o-v2"}
+    ahead = [
+        p | {"p3o-v2 minus": p["method"], "difference": p3o_v2[p["times"], p["seed"]] - p["objective"]}
+        for p in logs.points
+        if p["method"] != "p3o-v2" and (p["times"], p["seed"]) in p3o_v2
+    ]
     titles = {"gain": "gain", "kl": "KL, nats", "length": "tokens per response"}
-    return {"shifted": rows}, draw_lines(rows, "times", titles, "offsets over the reward's spread")
+    tables = {
+        "shifted": rows,
+        "objective, seed by seed": group(ahead, ("p3o-v2 minus", "times"), ("difference",)),
+        "between prompts": offsets(logs.sft) if logs.sft else [],
+    }
+    return tables, draw_lines(rows, "times", titles, "offsets over the reward's spread")
+
+
+def offsets(log):
+    """Standard deviations of each reward: within a prompt, of the prompts' means, and of those by chance."""
+    means, rows = log["prompts"], []
+    within = {"reward": log["reward_spread"], "gold": statistics.fmean(map(statistics.stdev, log["gold"]))}
+    for name, title in (("reward", "reward model"), ("gold", "gold reward")):
+        chance = within[name] / math.sqrt(len(log["gold"][0]))
+        row = {"reward": title, "spread at one prompt": within[name]}
+        rows.append(row | {"spread of the means": statistics.stdev(means[name]), "of it by chance": chance})
+    return rows
 
 
 def overoptimisation(logs):
@@ -698,8 +729,8 @@ def finish(axis, labels, right, title):
     axis.set_ylabel("gain over the SFT model")
 
 
-def draw_lines(rows, x, titles, label):
-    """A panel for each value against x, which takes few values: a line for each method."""
+def draw_lines(rows, x, titles, label, bottom=-math.inf):
+    """A panel for each value against x, which takes few values; a line for each method, cut off at bottom."""
     figure, axes = panels(len(titles))
     ticks = sorted({row[x] for row in rows}, key=float)
     for axis, (value, title) in zip(axes, titles.items()):
@@ -710,11 +741,18 @@ def draw_lines(rows, x, titles, label):
             axis.plot([r["place"] for r in own], [r[value] for r in own], color=color(method), lw=1.4)
             for row in own:
                 bars(axis, row, "place", value)
-            ends += [(own[-1]["place"], own[-1][value], method)] if own else []
-        low, high = axis.get_ylim()
-        for end, height in zip(ends, evaluate.spread_labels([end[1] for end in ends], (high - low) / 16)):
-            place = {"xytext": (len(ticks) - 0.85, height), "va": "center", "annotation_clip": False}
-            axis.annotate(end[2], end[:2], **place, color=color(end[2]), fontsize=9.5)
+            ends += [(row["place"], row[value], method) for row in own if row[value] >= bottom][-1:]
+        low, high = axis.set_ylim(bottom=bottom if bottom > -math.inf else None)
+        gap = (high - low) / 14
+        heights = evaluate.spread_labels([end[1] for end in ends], gap)
+        order = sorted(range(len(ends)), key=heights.__getitem__)
+        for rank, i in enumerate(order):  # beside the panel, not above or below it
+            height = min(max(heights[i], low + rank * gap), high - (len(ends) - 1 - rank) * gap)
+            place = {"xytext": (len(ticks) - 0.65, height), "va": "center", "annotation_clip": False}
+            line = {"arrowstyle": "-", "color": color(ends[i][2]), "lw": 0.7, "alpha": 0.6, "shrinkB": 5}
+            axis.annotate(
+                ends[i][2], ends[i][:2], **place, color=color(ends[i][2]), fontsize=9.5, arrowprops=line
+            )
         axis.set_xticks(range(len(ticks)), [str(tick) for tick in ticks])
         axis.set_title(title, loc="left", fontsize=11.5)
         axis.set_xlabel(label)
@@ -763,7 +801,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("experiments", nargs="*", metavar="EXPERIMENT", help=f"default: all of {', '.join(EXPERIMENTS)}")
     add("--plots_only", action="store_true", help="tables and pictures from the logs; train nothing")
-    add("--seeds", type=int, default=5, help="seeds 1, 2, ... of every run")
+    add("--seeds", type=int, help="seeds 1, 2, ... of every run; default: 3, of the main experiments 5")
     betas = [float(f"{factor * BETA:.2g}") for factor in (0.2, 0.5, 1.0, 2.0)]
     add("--betas", type=float, nargs="+", default=betas, help="of the frontier; default: %(default)s")
     add("--processes", type=int, default=2, help="trainings at a time, one thread each")

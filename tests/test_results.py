@@ -108,6 +108,8 @@ def test_plots_only_writes_everything(folder, monkeypatch):
     assert {row["identical weights"] for row in rows if row["method"] == "ppo" and row["times"] == "4"} == {
         "0 of 2"
     }
+    lost = {(row["method"], row["times"]): row["objective lost"] for row in rows if row["objective lost"]}
+    assert lost["p3o-v2", "16"] == "0.000" and len(lost) == 16
     paired = [row for row in table(folder, "frontier") if row["p3o-v2 minus"] == "ppo" and row["KL"] == "2"]
     assert 0.05 < float(paired[0]["difference"]) < 0.15 * 2**0.5
     paper = [row["paper, GPT-4, HH %"] for row in table(folder, "head_to_head") if row["against"] == "sft"]
@@ -134,6 +136,14 @@ def test_interpolation_is_linear_in_the_root_of_the_kl():
     ]  # between them gain = 2 sqrt(KL) - 1; below 1 to the SFT model: sqrt(KL)
     assert reproduce.interpolate(points, [2.25, 4.0, 0.25, 4.01]) == pytest.approx([2.0, 3.0, 0.5, None])
     assert reproduce.interpolate([(0.0, 0.0)], [0.5]) == [None]  # a policy that never moved
+
+
+def test_offsets_between_prompts_and_what_chance_makes_of_none():
+    log = {"reward_spread": 1.5, "prompts": {"reward": [1.0, 2.0, 6.0], "gold": [0.0, 0.0, 3.0]}}
+    log["gold"] = [[-2.0, -1.0, 1.0, 2.0]] * 3  # of four responses: chance is half of the spread
+    model, gold = reproduce.offsets(log)
+    assert list(model.values()) == ["reward model", 1.5, pytest.approx(7**0.5), 0.75]
+    assert list(gold.values())[1:] == pytest.approx([(10 / 3) ** 0.5, 3**0.5, (10 / 3) ** 0.5 / 2])
 
 
 def test_t_interval():
