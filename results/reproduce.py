@@ -151,7 +151,8 @@ def plan(experiment, args):
         small, methods = float(f"{0.1 * BETA:.2g}"), ("p3o-v2", "ppo", "dpo", "online-dpo")
         return [make_run(m, small, seed, steps, eval_every=10) for seed in seeds for m in methods]
     if experiment == "responses":
-        default, runs = p3o.Args(), []
+        default = p3o.Args()
+        runs = [make_run("ppo", BETA, seed, steps) | {"K": default.num_responses} for seed in seeds]
         for K in (2, 4, 8):  # as many responses per rollout and per optimizer step, whatever K
             batch = {x: getattr(default, x) * 2 // K for x in ("prompts_per_step", "minibatch_size")}
             runs += [
@@ -566,9 +567,17 @@ def head_to_head(logs):
 
 
 def responses(logs):
-    """At the same number of sampled responses: more prompts, or more responses to each?"""
-    rows = group(logs.points, ("method", "K"), ("gain", "gold_gain", "kl", "objective", "efficiency"))
+    """At the same number of sampled responses: more prompts, or more responses to each? PPO to compare.
+
+    Objective: gain less beta KL."""
+    first = {p["seed"]: p["objective"] for p in logs.points if (p["method"], p["K"]) == ("p3o-v2", 2)}
+    points = [
+        p | {"more than K = 2": p["objective"] - first[p["seed"]] if p["seed"] in first else None}
+        for p in logs.points
+    ]
+    values = "objective", "more than K = 2", "gain", "gold_gain", "kl", "efficiency"
     titles = {"objective": "gain - beta KL", "gain": "gain", "kl": "KL, nats"}
+    rows = group(points, ("method", "K"), values)
     return {"responses": rows}, draw_lines(rows, "K", titles, "responses per prompt")
 
 
