@@ -61,7 +61,7 @@ PROMPTS, RESPONSES, POOLED, BATCHES = 128, 16, 32, 100  # POOLED: responses per 
 MATCHED_KL = 0.5, 1.0, 2.0, 3.0
 RATES = 1e-4, 3e-4, 1e-3  # the learning rates tried, the same for every method; one more where the best was
 WIDER = {"dpo": 3e-5, "online-dpo": 3e-5, "ppo-max": 3e-3}  # the lowest or the highest of them
-SEEDS = {"frontier": 5, "head_to_head": 5, "equivalence": 5}  # of the other experiments 3
+SEEDS = {"frontier": 5, "head_to_head": 5, "equivalence": 5, "responses": 3, "overoptimisation": 2}  # others 1
 SHIFTS = 0, 1, 4, 16  # times the spread of the reward among the responses to a prompt
 PAPER = {("p3o-v2", "ppo"): "57.0", ("p3o-v2", "sft"): "69.3", ("dpo", "p3o-v2"): "45.4"}  # GPT-4, HH, 6B
 T975 = 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262  # Student's t for 1, 2, ... degrees
@@ -127,7 +127,7 @@ def make_run(method, beta, seed, steps=None, **extra):
 
 def plan(experiment, args):
     """The runs an experiment reports, with the labels that it groups them by."""
-    seeds, steps = range(1, (args.seeds or SEEDS.get(experiment, 3)) + 1), args.steps
+    seeds, steps = range(1, (args.seeds or SEEDS.get(experiment, 1)) + 1), args.steps
     if experiment == "tuning":
         return [
             make_run(m, BETA, 0, steps, learning_rate=rate) | {"learning rate": f"{rate:g}"}
@@ -524,8 +524,10 @@ def overoptimisation(logs):
             gains = {name: [run[step][of] - run[0][of] for run in runs] for name, of in names.items()}
             mean[step] = {name: statistics.fmean(values) for name, values in gains.items()}
         peak, last = max(mean, key=lambda step: mean[step]["gold"]), max(mean)
+        later = [mean[step]["gold"] for step in mean if step >= peak]
         row = {"method": method, "seeds": len(runs), "KL at the gold peak": mean[peak]["kl"]}
-        row |= {"gold at the peak": mean[peak]["gold"], "KL at the end": mean[last]["kl"]}
+        row |= {"gold at the peak": mean[peak]["gold"], "lowest after it": min(later)}
+        row |= {"KL at the end": mean[last]["kl"]}
         row |= stat("gold at the end", [r[last]["eval_gold"] - r[0]["eval_gold"] for r in runs])
         row |= stat("gold since the peak", [r[last]["eval_gold"] - r[peak]["eval_gold"] for r in runs])
         row |= stat("proxy since the peak", [r[last]["eval_reward"] - r[peak]["eval_reward"] for r in runs])
@@ -810,7 +812,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("experiments", nargs="*", metavar="EXPERIMENT", help=f"default: all of {', '.join(EXPERIMENTS)}")
     add("--plots_only", action="store_true", help="tables and pictures from the logs; train nothing")
-    add("--seeds", type=int, help="seeds 1, 2, ... of every run; default: 3, of the main experiments 5")
+    add("--seeds", type=int, help=f"seeds 1, 2, ... of every run; default: {SEEDS}, else 1")
     betas = [float(f"{factor * BETA:.2g}") for factor in (0.2, 0.5, 1.0, 2.0)]
     add("--betas", type=float, nargs="+", default=betas, help="of the frontier; default: %(default)s")
     add("--processes", type=int, default=2, help="trainings at a time, one thread each")
