@@ -205,6 +205,29 @@ def test_numbers_of_the_readme_are_in_a_committed_table():
         assert numbers <= cells, f"{experiment}: {sorted(numbers - cells)}"
 
 
+def test_numbers_in_the_text_of_the_readme_are_rounded_from_a_committed_table():
+    results = (ROOT / "README.md").read_text().split("\n## Results\n")[1].split("\n## ")[0]
+    checked = 0
+    for section in results.split("\n### "):
+        tables = [table(ROOT / "results", name) for name in set(re.findall(r"<!-- results:(\w+)", section))]
+        cells = [x for rows in tables for row in rows for cell in row.values() for x in NUMBER.findall(cell)]
+        text = " ".join(line for line in section.splitlines() if not line.startswith(("|", "!", "<")))
+        for number in re.findall(r"\d+\.\d+", text):
+            decimals = len(number.partition(".")[2])
+            assert any(f"{abs(float(x)):.{decimals}f}" == number for x in cells), (section[:40], number)
+            checked += 1
+    assert checked > 5
+
+
+@pytest.mark.parametrize("experiment", reproduce.EXPERIMENTS)
+def test_the_committed_tables_are_what_the_committed_logs_say(experiment, tmp_path, capsys):
+    (tmp_path / "logs").symlink_to(ROOT / "results" / "logs")
+    reproduce.main(parse(tmp_path, experiment, "--plots_only"))
+    for name in (f"{experiment}.csv", f"{experiment}.md"):
+        assert (tmp_path / name).read_text() == (ROOT / "results" / name).read_text(), name
+    assert "nothing missing" in capsys.readouterr().out
+
+
 def test_every_method_runs_at_the_best_learning_rate_of_the_same_grid():
     for method, (script, flags, _) in reproduce.METHODS.items():
         rows = [row for row in table(ROOT / "results", "tuning") if row["method"] == method]
