@@ -13,8 +13,11 @@ fix a reward only up to an offset per prompt; differences do not see that offset
     P3O-V1                    rho_1 and rho_2 clipped separately              p3o_loss(clipping="separate")
     P3O-V2                    log(pi(y1) / pi(y2)) clipped                    p3o_loss(clipping="joint")
 
-Departures: K > 2 responses use all pairs (the paper has K = 2). Importance weights are held within exp(+-20),
-as float32 overflows soon after. --max_importance_weight is the first author's code's, and off by default.
+Departures from the paper: K > 2 responses use all pairs. V2's d is centred by its value under pi_old: same
+gradient. Each importance ratio is held within exp(+-20), float32's reach, so V2's rho_1 rho_2 within
+exp(+-40). A response cut off without EOS loses --missing_eos_penalty. --max_importance_weight is the first
+author's code's, and off by default. --clipping none is the plain pairwise gradient, without the importance
+weight: after the first optimizer step on a batch it is not the gradient at the current policy any more.
 
 Legend: B prompts, K responses to each, N = B * K rows; P prompt length, R response length, V vocabulary.
 Prompts are padded on the left, responses on the right. Masks are boolean, True counts. Logs are in nats.
@@ -23,32 +26,19 @@ Prompts are padded on the left, responses on the right. Masks are boolean, True 
 import json
 import math
 import os
-import re
-import resource
-import shutil
 import signal
-import subprocess
 import sys
 import time
-from collections import Counter, defaultdict
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
 import datasets
 import torch
 import transformers
-from jinja2 import TemplateError
-from safetensors import SafetensorError
 from tqdm import tqdm
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    GenerationConfig,
-    HfArgumentParser,
-)
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 
 def flag(default, text):
@@ -59,33 +49,36 @@ def flag(default, text):
 class Args:
     model: str = flag("out/sft", "SFT model: where the policy starts, and the reference of the KL")
     reward_model: str = flag("out/reward_model", "sequence-classification model with one label")
-    dataset: str = flag("data/toy/prompts", "hub name or local path; only its prompts are used")
+    dataset: str = flag("data/toy/prompts", "hub name or folder with a text column prompt; see data.py")
     output_dir: str = flag("out/p3o", "folder of this run")
     seed: int = flag(0, "of data order and sampling")
     device: str = flag("auto", "auto (cuda when there is one), cpu, cuda, cuda:1, ...")
     dtype: Literal["float32", "bfloat16"] = flag("float32", "bfloat16: autocast, over float32 weights")
     learning_rate: float = flag(3e-4, "AdamW, falls linearly to 0; 1e-6 to 1e-5 for pretrained models")
-    steps: int = flag(60, "rollouts in all; may be raised on --resume")
+    steps: int = flag(60, "rollouts in all; raised on --resume, the learning rate jumps up")
     prompts_per_step: int = flag(64, "B, prompts per rollout")
     num_responses: int = flag(2, "K, responses per prompt; all K (K - 1) / 2 pairs are used")
     epochs: int = flag(2, "passes over each rollout; 1 to 4")
     minibatch_size: int = flag(32, "prompts per optimizer step, each with all its responses")
-    micro_batch_size: int = flag(0, "prompts per forward pass: same gradient, less memory; 0: the minibatch")
+    micro_batch_size: int = flag(0, "prompts per forward pass: less memory, same gradient; 0: minibatch")
     beta: float = flag(0.5, "weight of the KL to the SFT model; 0.05 for HH in the author's code")
-    clipping: Literal["joint", "separate", "none"] = flag("joint", "P3O-V2, V1, or vanilla gradient")
-    clip_range: float = flag(0.2, "epsilon: of rho (separate), of the difference of log rho in nats (joint)")
-    max_importance_weight: float | None = flag(None, "c: weights held in [1/c, c]; 10 in the author's code")
+    clipping: Literal["joint", "separate", "none"] = flag("joint", "P3O-V2, V1, or plain pairwise gradient")
+    clip_range: float = flag(0.2, "epsilon: of rho (V1), of the difference of log rho in nats (V2)")
+    max_importance_weight: float | None = flag(None, "c: weights held in [1/c, c]; author's code: 10")
     reward_shift: float = flag(0.0, "times a fixed normal offset per prompt, added to the scores")
     missing_eos_penalty: float = flag(1.0, "subtracted from the score of a response cut off without EOS")
     temperature: float = flag(1.0, "divides the logits, when sampling and in every log-prob")
-    prompt_length: int = flag(32, "tokens; longer prompts are dropped and counted")
+    prompt_length: int = flag(32, "tokens; longer prompts are left out and counted")
     response_length: int = flag(24, "tokens sampled at most, EOS included")
     max_grad_norm: float = flag(1.0, "global gradient-norm clip")
     eval_every: int = flag(20, "steps between evaluations on held-out prompts; 0: only before and after")
     eval_prompts: int = flag(256, "held-out prompts of an evaluation")
     save_every: int = flag(20, "steps between checkpoints; 0: only the last")
-    resume: bool = flag(False, "continue from the last checkpoint; steps, save_every, device may change")
+    resume: bool = flag(False, "continue from the last checkpoint; only steps, save_every, device may change")
     overwrite: bool = flag(False, "replace the run in output_dir")
+
+
+MAY_BE_ZERO = "seed micro_batch_size beta reward_shift missing_eos_penalty eval_every save_every".split()
 
 
 # ------------------------------------------------------------------------------------------- the mathematics
@@ -97,24 +90,17 @@ def trajectory_reward(score, logp_old_seq, logp_ref_seq, beta):
     return score - beta * (logp_old_seq - logp_ref_seq)
 
 
-def response_pairs(reward):
-    """Pairs i < j of responses and R_i - R_j: (B, K) -> (pairs,), (pairs,), (B, pairs). ValueError: K < 2."""
-    if reward.dim() != 2 or reward.shape[1] < 2:
-        raise ValueError(f"reward must have shape (B, K) with K >= 2, got {tuple(reward.shape)}")
-    i, j = torch.triu_indices(reward.shape[1], reward.shape[1], offset=1, device=reward.device)
-    return i, j, (reward[:, i] - reward[:, j]).detach()
-
-
 def pairwise_policy_gradient_loss(logp_new_seq, reward):
     """-(R1 - R2) (log pi(y1|x) - log pi(y2|x)) / 2: its gradient is minus the PPG [P3O, Theorem 1].
 
     logp_new_seq (nats per response), reward: (B, K). Mean over prompts and all pairs of responses, which must
     come from the current policy. Equals REINFORCE leave-one-out. ValueError if K < 2 or shapes differ.
     """
-    if logp_new_seq.shape != reward.shape:
-        raise ValueError(f"shapes differ: {[tuple(x.shape) for x in (logp_new_seq, reward)]}")
-    i, j, difference = response_pairs(reward)
-    return -(difference.to(logp_new_seq.dtype) * (logp_new_seq[:, i] - logp_new_seq[:, j]) / 2).mean()
+    if logp_new_seq.shape != reward.shape or reward.dim() != 2 or reward.shape[1] < 2:
+        raise ValueError(f"expected (B, K), K >= 2: {tuple(logp_new_seq.shape)}, {tuple(reward.shape)}")
+    i, j = torch.triu_indices(reward.shape[1], reward.shape[1], offset=1, device=reward.device)  # pairs i < j
+    difference = (reward[:, i] - reward[:, j]).detach().to(logp_new_seq.dtype)  # (B, pairs)
+    return -(difference * (logp_new_seq[:, i] - logp_new_seq[:, j]) / 2).mean()
 
 
 def p3o_loss(
@@ -131,12 +117,14 @@ def p3o_loss(
     Returns the loss and {"clip_fraction": share of terms whose gradient the clip removed, "log_ratio_max":
     max |log rho|}. ValueError if K < 2, shapes differ or clipping is neither of the two.
     """
-    if not logp_new_seq.shape == logp_old_seq.shape == reward.shape:
-        raise ValueError(f"shapes differ: {[tuple(x.shape) for x in (logp_new_seq, logp_old_seq, reward)]}")
-    i, j, difference = response_pairs(reward)
-    difference = difference.to(logp_new_seq.dtype)  # (B, pairs)
+    shapes = [tuple(x.shape) for x in (logp_new_seq, logp_old_seq, reward)]
+    if len(set(shapes)) > 1 or len(shapes[0]) != 2 or shapes[0][1] < 2:
+        raise ValueError(f"expected three of (B, K), K >= 2: {shapes}")
+    i, j = torch.triu_indices(reward.shape[1], reward.shape[1], offset=1, device=reward.device)  # pairs i < j
+    difference = (reward[:, i] - reward[:, j]).detach().to(logp_new_seq.dtype)  # R_i - R_j, (B, pairs)
     log_rho = logp_new_seq - logp_old_seq  # (B, K)
-    held = log_rho + (log_rho.clamp(-20, 20) - log_rho).detach()  # holds the value, lets the gradient pass
+    # Only the value is held: a ratio that far out still needs its gradient, to be pulled back.
+    held = log_rho + (log_rho.clamp(-20, 20) - log_rho).detach()
 
     def weight(log_weight):
         bound = math.log(max_importance_weight) if max_importance_weight else math.inf
@@ -158,15 +146,13 @@ def p3o_loss(
 
 
 # -------------------------------------------------------------------------------------- tokens and log-probs
-def pad(sequences, side, pad_id, device):
+TOKENS = "prompt_ids", "prompt_mask", "response_ids", "response_mask"  # (N, P), (N, P), (N, R), (N, R)
+
+
+def pad(sequences, side, tokenizer, device):
     """Token lists -> ids (N, L), mask (N, L), padded to the longest on `side`, "left" or "right"."""
-    length = max(len(s) for s in sequences)
-    ids = torch.full((len(sequences), length), pad_id)
-    mask = torch.zeros(len(sequences), length, dtype=torch.bool)
-    for row, s in enumerate(sequences):
-        columns = slice(length - len(s), length) if side == "left" else slice(len(s))
-        ids[row, columns], mask[row, columns] = torch.tensor(s), True
-    return ids.to(device), mask.to(device)
+    rows = tokenizer.pad({"input_ids": sequences}, padding_side=side, return_tensors="pt").to(device)
+    return rows["input_ids"], rows["attention_mask"].bool()
 
 
 def model_inputs(prompt_ids, prompt_mask, response_ids, response_mask):
@@ -193,293 +179,143 @@ def response_logps(model, prompt_ids, prompt_mask, response_ids, response_mask, 
     return logps.gather(-1, response_ids.unsqueeze(-1)).squeeze(-1).masked_fill(~response_mask, 0.0)
 
 
-def read_values(model, prompt_ids, prompt_mask, response_ids, response_mask):
-    """The score head read at the last prompt token and at each response token: (B, R + 1), float32.
-
-    Column t has seen t response tokens. By position: a pad id may be a real token elsewhere.
-    """
-    inputs = model_inputs(prompt_ids, prompt_mask, response_ids, response_mask)
-    hidden = model.base_model(**inputs, use_cache=False).last_hidden_state  # (B, P + R, D)
-    hidden = hidden[:, prompt_ids.shape[1] - 1 :].to(model.score.weight.dtype)
-    return model.score(hidden).squeeze(-1).float()
-
-
 def read_score(model, prompt_ids, prompt_mask, response_ids, response_mask):
-    """r(x, y): the score head read at the last response token, EOS when there is one. (B,), float32."""
-    values = read_values(model, prompt_ids, prompt_mask, response_ids, response_mask)
+    """r(x, y): the score head read at the last response token, by position: pad may be EOS. (B,), float32."""
+    inputs = model_inputs(prompt_ids, prompt_mask, response_ids, response_mask)
+    hidden = model.base_model(**inputs, use_cache=False).last_hidden_state.float()  # (B, P + R, D)
+    with torch.autocast(hidden.device.type, enabled=False):  # bfloat16 would round scores by up to 1%
+        values = model.score(hidden[:, prompt_ids.shape[1] - 1 :]).squeeze(-1)  # (B, 1 + R)
     return values.gather(1, response_mask.sum(1, keepdim=True)).squeeze(1)
 
 
-# ------------------------------------------------------------------------------------------------------ data
-FORMATS = (  # columns, named as in TRL, and responses per row; the first that fits is taken
-    (("prompt", "chosen", "rejected"), 2),
-    (("chosen", "rejected"), 2),  # implicit prompt: HH-RLHF dialogues, or whole conversations
-    (("prompt", "completion"), 1),
-    (("messages",), 1),
-    (("prompt",), 0),
-    (("text",), 1),  # completion of an empty prompt
-)
+# ------------------------------------------------------------------------------------------- data and models
+LEAST_SHARE = 0.1  # of the prompts must be within --prompt_length
 
 
-def open_split(name, splits):
-    """Rows of the first of `splits` that a data set (hub name or local path) has, and that split's name.
-
-    A data set without held-out split lends the last 5% of its rows, at most 500, as "test".
-    """
-    require(is_findable(name), f"data set {name!r} does not exist", "name another; toy.py makes data/toy")
-    path = Path(name)
-    try:
-        if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-            data = datasets.load_from_disk(name)
-        elif path.is_file():
-            data = datasets.load_dataset("parquet" if path.suffix == ".parquet" else "json", data_files=name)
-        else:
-            data = datasets.load_dataset(name)
-        data = data if isinstance(data, dict) else {"train": data}
-        for rows in data.values():
-            rows.data.validate(full=True)  # text that is not UTF-8 shows here, else in the middle of a run
-        if not {"validation", "test"} & set(data):
-            rows = next(iter(data.values()))
-            data = rows.train_test_split(test_size=min(len(rows) // 20 + 1, 500), shuffle=False)
-    except Exception as error:  # each reader raises kinds of its own
-        wrong = f"cannot read data set {name!r} ({first_line(error.__cause__ or error)})"
-        raise RunError(wrong, "give JSON lines, parquet or a hub name") from None
-    split = next((split for split in splits if split in data), None)
-    require(split, f"data set {name!r} has splits {sorted(data)}", f"name one of them {splits[0]!r}")
-    return data[split], split
-
-
-def parse_row(row, tokenizer):
-    """A row of any format -> (prompt, [responses]) as text, conversations by the chat template.
-
-    ValueError says why a row cannot be used.
-    """
-    prompt, responses = row.get("prompt"), [row[column] for column in row if column != "prompt"]
-    if not all(isinstance(value, str | list) for value in row.values()):
-        raise ValueError("null or not text")
-    if any(isinstance(value, list) for value in row.values()):
-        prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        try:
-            whole = [r if prompt is None or r[0]["role"] != "assistant" else prompt + r for r in responses]
-            prompt, *others = [r[:-1] for r in whole] or [prompt]  # the last message is the response
-            if any(other != prompt for other in others):
-                raise ValueError("prompts of chosen and rejected differ")
-            if any(r[-1]["role"] != "assistant" for r in whole):
-                raise ValueError("the last message is not the assistant's")
-            text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-            return text + "", [r[-1]["content"] + "" for r in whole]
-        except (KeyError, TypeError, IndexError, AttributeError, TemplateError):
-            raise ValueError("not a conversation that the chat template accepts") from None
-    if prompt is None and "text" not in row:  # whole dialogues: the assistant's last turn is the response
-        ends = [r.rfind("\n\nAssistant:") + len("\n\nAssistant:") for r in responses]
-        prompt, *others = [r[:end] for r, end in zip(responses, ends)]
-        if not prompt.endswith("\n\nAssistant:") or any(other != prompt for other in others):
-            raise ValueError("prompts of chosen and rejected differ")
-        responses = [r[len(prompt) :] for r in responses]
-    return prompt or "", responses
-
-
-def end_of_turn(tokenizer):
-    """Id of the token that the chat template puts behind an answer: the EOS of conversations."""
-    turns = [{"role": "user", "content": "ping"}, {"role": "assistant", "content": "pong"}]
-    tail = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("pong")[2]
-    return (tokenizer(tail, add_special_tokens=False)["input_ids"] or [tokenizer.eos_token_id])[0]
-
-
-def encode_row(row, num_responses, tokenizer, chat, eos_id, args):
-    """Token ids of a row; responses end in EOS or are cut at --response_length. ValueError: unusable."""
-    prompt, responses = parse_row(row, tokenizer)
-    if chat != any(isinstance(value, list) for value in row.values()):
-        raise ValueError("text among conversations, or the reverse")
-    prompt_ids = tokenizer(prompt, add_special_tokens=not chat)["input_ids"] or [eos_id]
-    if len(prompt_ids) > args.prompt_length:
-        raise ValueError("prompt longer than --prompt_length")
-    if not all(r.strip() for r in responses[:num_responses]):
-        raise ValueError("empty response")
-    ids = [tokenizer(r, add_special_tokens=False)["input_ids"] + [eos_id] for r in responses[:num_responses]]
-    ids = [r[: args.response_length] for r in ids]
-    if num_responses == 2 and ids[0] == ids[1]:
-        raise ValueError("chosen and rejected are the same")
-    return {"prompt": prompt, "prompt_ids": prompt_ids, "response_ids": ids}
-
-
-def read_examples(name, splits, num_responses, tokenizer, args, limit=None):
-    """([{"prompt": text, "prompt_ids": [...], "response_ids": [[...], ...]}, ...], eos_id of the responses).
-
-    num_responses: 2 for preference pairs, chosen first; 1 for demonstrations; 0 for prompts. Rows that cannot
-    be used are dropped, counted and reported by reason; reading stops at `limit` examples.
-    """
-    rows, split = open_split(name, splits)
-    usable = [c for c, n in FORMATS if n >= num_responses and (num_responses or c != ("text",))]
-    columns = next((c for c in usable if set(c) <= set(rows.column_names)), None)
-    expected = " or ".join("+".join(c) for c in usable)
-    require(columns, f"data set {name!r} has columns {rows.column_names}", f"expected {expected}")
-    rows = rows.select_columns(list(columns))
-    first = next((row for row in rows if None not in row.values()), {})
-    chat = any(isinstance(value, list) for value in first.values())
-    todo = "use a model whose tokenizer has a chat template"
-    require(not chat or tokenizer.chat_template, f"{name!r} holds conversations", todo)
-    eos_id = end_of_turn(tokenizer) if chat else tokenizer.eos_token_id
-    examples, dropped = [], Counter()
-    for row in tqdm(rows, f"reading {name}", leave=False, disable=None):
-        try:
-            examples.append(encode_row(row, num_responses, tokenizer, chat, eos_id, args))
-        except ValueError as reason:
-            dropped[str(reason)] += 1
-        if len(examples) == limit:
-            break
-    used = f"{len(examples)} of {len(examples) + dropped.total()} rows used"
-    used += "".join(f", {n} dropped: {reason}" for reason, n in dropped.items())
-    print(f"{name} [{split}], {'+'.join(columns)}{' (conversations)' * chat}: {used}", flush=True)
-    require(examples, f"{name!r} [{split}]: {used}", "look at the data, or raise --prompt_length")
-    return examples, eos_id
+def read_prompts(name, splits, tokenizer, args, limit=None):
+    """[{"prompt": text, "prompt_ids": [...]}, ...] of the first of `splits` there is; text as it stands."""
+    todo = f"python data.py --dataset {name} --model {args.model} --output_dir data/NAME makes it readable"
+    with explained(f"cannot read data set {name!r}", todo):
+        data = datasets.load_dataset(name)
+        split = next((split for split in splits if split in data), splits[0])
+        texts = data[split]["prompt"][:]
+        ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    rows = [{"prompt": text, "prompt_ids": x} for text, x in zip(texts, ids)]
+    rows = [row for row in rows if 0 < len(row["prompt_ids"]) <= args.prompt_length]
+    used = f"{name} [{split}]: {len(rows)} of {len(texts)} prompts are within --prompt_length"
+    require(len(rows) > LEAST_SHARE * len(texts), f"{used} {args.prompt_length}; raise it")
+    print(used, flush=True)
+    return rows[:limit]
 
 
 def data_order(num_rows, size, step, seed):
     """Row numbers of step 1, 2, ...: passes over the data, each shuffled by a seed: no state to save."""
-    places = [divmod(place, num_rows) for place in range((step - 1) * size, step * size)]
-    generators = {n: torch.Generator().manual_seed(seed * 10**6 + n) for n, _ in places}
-    orders = {n: torch.randperm(num_rows, generator=generators[n]) for n in generators}
-    return [orders[n][place].item() for n, place in places]
+    rows, place = [], (step - 1) * size
+    while len(rows) < size:
+        epoch, start = divmod(place + len(rows), num_rows)
+        order = torch.randperm(num_rows, generator=torch.Generator().manual_seed(seed * 10**6 + epoch))
+        rows += order[start : start + size - len(rows)].tolist()
+    return rows
 
 
-# ---------------------------------------------------------------------------------------------------- models
 def load_tokenizer(name):
     """The tokenizer of a model; where it has no padding token EOS serves, as masks go by position."""
-    require(is_findable(name), f"model {name!r} does not exist", "run the stage before, or name another")
-    try:
+    with explained(f"cannot load a tokenizer from {name!r}", "run the stage before, or name another model"):
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except Exception as error:  # missing, broken, unknown: transformers raises many kinds
-        wrong = f"cannot load a tokenizer from {name!r} ({first_line(error)})"
-        raise RunError(wrong, "name a model's folder or hub id") from None
-    require(tokenizer("a")["input_ids"], f"{name!r} holds no tokenizer", "add its tokenizer files")
-    require(tokenizer.eos_token_id is not None, f"the tokenizer of {name!r} has no EOS", "use another model")
+    require(tokenizer.eos_token, f"the tokenizer of {name!r} has no EOS; use another model")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return tokenizer
 
 
-def load_model(auto_class, name, tokenizer, args, may_miss=(), **config):
-    """A decoder-only model from a folder or the hub. may_miss: weights that may be missing: a new head."""
-    try:
-        options = {"dtype": torch.float32, "output_loading_info": True}
-        model, info = auto_class.from_pretrained(name, **options, **config)
-    except Exception as error:
-        wrong = f"cannot load model {name!r} ({first_line(error)})"
-        raise RunError(wrong, "name a model's folder or hub id") from None
-    kind = "reward model" if "Classification" in auto_class.__name__ else "language model"
-    missing, unexpected = set(info["missing_keys"]) - set(may_miss), set(info["unexpected_keys"])
-    require(
-        not missing and ("score.weight" not in unexpected or may_miss),
-        f"{name!r} is not a {kind}",
-        f"name a {kind}",
-    )
-    return prepare_model(model, name, tokenizer, args)
+def load_model(auto_class, name, tokenizer, args, may_miss=(), **options):
+    """A decoder-only model in float32 and eval mode: no dropout, ever. may_miss: weights made afresh."""
+    with explained(f"cannot use {name!r} as a model", "name a decoder-only one, its folder or hub id"):
+        options |= {"dtype": torch.float32, "output_loading_info": True}
+        model, info = auto_class.from_pretrained(name, **options)
+        model = model.eval().to(args.device)
+        # A probe: the last token is known, and neither padding nor a later token changes what a token gives.
+        ids = torch.tensor([[1, 2, 0, len(tokenizer) - 1], [0, 1, 2, 0]], device=args.device)
+        mask = torch.tensor([[True] * 4, [False, True, True, True]], device=args.device)
+        with torch.no_grad():
+            inputs = model_inputs(ids[:, :2], mask[:, :2], ids[:, 2:], mask[:, 2:])
+            hidden = model.base_model(**inputs, use_cache=False).last_hidden_state  # (2, 4, D)
+        same = (hidden[0, :3] - hidden[1, 1:]).abs().max() <= 1e-3 * hidden.abs().max()
+    require(same, f"{name!r} sees padding or later tokens, or is not finite; use a decoder-only model")
+    whole = set(info["missing_keys"]) <= set(may_miss) and "score.weight" not in info["unexpected_keys"]
+    require(whole, f"{name!r} is not a whole {auto_class.__name__.removeprefix('AutoModelFor')}; name one")
+    need, most = args.prompt_length + args.response_length, model.config.max_position_embeddings
+    require(need <= most, f"{name!r} holds {most} tokens, not {need}; lower --prompt_length")
+    return model
 
 
-def prepare_model(model, name, tokenizer, args):
-    """Checks that the model can do the work, and moves it to the device, in eval mode: no dropout, ever.
-
-    Weights stay in float32, where small updates are not rounded away; --dtype bfloat16 is autocast.
-    """
-    need = args.prompt_length + args.response_length
-    most = getattr(model.config, "max_position_embeddings", None) or need
-    require(need <= most, f"{name!r} holds {most} tokens, not {need}", "lower --prompt_length")
-    known, size = len(tokenizer), model.get_input_embeddings().num_embeddings
-    require(known <= size, f"{name!r} embeds {size} of {known} tokens", "use its own tokenizer")
-    with torch.no_grad():
-        first = [model.eval().base_model(torch.tensor([[1, x]])).last_hidden_state[0, 0] for x in (2, 3)]
-    require(first[0].isfinite().all(), f"{name!r} has weights that are not finite", "use another model")
-    require(torch.equal(*first), f"{name!r} sees later tokens", "use a decoder-only model")
-    if args.dtype == "bfloat16":
-        autocast = torch.autocast(torch.device(args.device).type, torch.bfloat16)
-        model.forward, model.base_model.forward = autocast(model.forward), autocast(model.base_model.forward)
-    return model.to(args.device)
+def load_reward(tokenizer, args):
+    """r(x, y), a function from a batch to scores (N,). To replace where the reward is your own: README.md."""
+    model = load_model(AutoModelForSequenceClassification, args.reward_model, tokenizer, args, num_labels=1)
+    model.requires_grad_(False)
+    same = load_tokenizer(args.reward_model).get_vocab() == tokenizer.get_vocab()
+    todo = "train one from this model, or see 'Your own reward' in README.md"
+    require(same, f"{args.reward_model!r} reads other tokens than the policy; {todo}")
+    return lambda batch: read_score(model, *(batch[name] for name in TOKENS))
 
 
-def load_reward_model(name, tokenizer, args):
-    """The frozen reward model, stored in args.dtype, and its tokenizer, None when it is the policy's."""
-    own = load_tokenizer(name)
-    model = load_model(AutoModelForSequenceClassification, name, own, args).requires_grad_(False)
-    right = hasattr(model, "score") and model.num_labels == 1
-    require(right, f"{name!r} is not a decoder with one label", "train a reward model with reward_model.py")
-    return model.to(getattr(torch, args.dtype)), None if own.get_vocab() == tokenizer.get_vocab() else own
-
-
-def translate(batch, tokenizer, other):
-    """The same prompts and responses in the tokens of another tokenizer, EOS where there was one."""
-    prompts = [tokenizer.decode(ids[mask]) for ids, mask in zip(*batch[:2])]
-    responses = [ids[mask].tolist() for ids, mask in zip(*batch[2:])]
-    texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in responses]
-    prompts, texts = (other(x, add_special_tokens=False)["input_ids"] for x in (prompts, texts))
-    eos, padding = [other.eos_token_id], (other.pad_token_id, batch[0].device)
-    texts = [new + eos * (ids[-1] in tokenizer.all_special_ids) for new, ids in zip(texts, responses)]
-    prompts = pad([ids or eos for ids in prompts], "left", *padding)
-    return *prompts, *pad([ids or eos for ids in texts], "right", *padding)
-
-
-# --------------------------------------------------------------------------------------------------- rollout
-def first_eos_mask(response_ids, eos_id):
-    """True up to and including the first EOS, False behind it: (N, R) -> (N, R). Pad may be EOS."""
-    is_eos = response_ids == eos_id
-    return is_eos.cumsum(1) - is_eos.int() == 0
+# --------------------------------------------------------------------------- rollout, metrics and evaluation
+def autocast(args):
+    """--dtype bfloat16: forward passes in bfloat16 over float32 weights, where small updates are not lost."""
+    return torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.dtype == "bfloat16")
 
 
 @torch.no_grad()
-def sample_responses(model, prompt_ids, prompt_mask, response_length, temperature, eos_id, pad_id):
-    """y ~ pi(.|x) from the whole distribution: no top-k, no top-p. Returns ids (N, R) and mask (N, R)."""
-    model.generation_config = GenerationConfig()  # a model's own defaults (penalties, top-k) must not leak in
-    ends = {"max_new_tokens": response_length, "eos_token_id": eos_id, "pad_token_id": pad_id}
-    config = GenerationConfig(
-        do_sample=True, temperature=temperature, top_k=0, top_p=1.0, remove_invalid_values=True, **ends
-    )
-    ids = model.generate(input_ids=prompt_ids, attention_mask=prompt_mask.long(), generation_config=config)
-    response_ids = ids[:, prompt_ids.shape[1] :]
-    return response_ids, first_eos_mask(response_ids, eos_id)
-
-
-def prompt_offsets(count, size):
-    """delta(x), size times a normal draw per prompt, the same in every run: (count, 1), float64.
-
-    Multiples of 1/256: so few bits that float64 holds float32 scores + delta(x), and differences, exactly.
-    """
-    draws = torch.randn(count, 1, generator=torch.Generator().manual_seed(0)).double()
-    return (size * draws * 256).round() / 256
+def sample_batch(policy, rows, num_responses, tokenizer, args):
+    """K responses to each prompt of B rows: a batch, a dict of N = B * K rows, tensors and lists of texts."""
+    rows = [row for row in rows for _ in range(num_responses)]
+    prompt_ids, prompt_mask = pad([row["prompt_ids"] for row in rows], "left", tokenizer, args.device)
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    whole = {"do_sample": True, "temperature": args.temperature, "top_k": 0, "top_p": 1.0}
+    policy.generation_config = transformers.GenerationConfig(
+        **whole, **ends
+    )  # saved with it: it will sample as here
+    options = {"max_new_tokens": args.response_length, "remove_invalid_values": True}
+    with autocast(args):
+        ids = policy.generate(input_ids=prompt_ids, attention_mask=prompt_mask.long(), **options)
+    ids = ids[:, prompt_ids.shape[1] :]  # (N, R)
+    is_eos = ids == tokenizer.eos_token_id
+    mask = is_eos.cumsum(1) - is_eos.int() == 0  # up to the first EOS, by position: pad may be EOS
+    batch = dict(zip(TOKENS, (prompt_ids, prompt_mask, ids, mask)))
+    batch["ended"] = is_eos.any(1)  # (N,)
+    batch["prompt"] = [row["prompt"] for row in rows]
+    batch["response"] = [tokenizer.decode(y[m], skip_special_tokens=True) for y, m in zip(ids, mask)]
+    return batch
 
 
 @torch.no_grad()
-def rollout(models, examples, num_responses, eos_id, tokenizer, args):
-    """K responses to each of B prompts, scored: tensors of N = B * K rows, and seconds by phase.
+def score_batch(batch, models, size, args):
+    """Adds score, float64 (N,): r(x, y) less the missing-EOS penalty; and, (N, R) in nats, logp_old_tok,
+    logp_ref_tok, entropy_tok, and kl_tok, the exact KL of the next-token distributions.
 
-    models: policy, reference, reward model and its tokenizer (None: the same). score: r(x, y) less the
-    missing-EOS penalty, float64 (N,). logp_old_tok, logp_ref_tok, entropy_tok and kl_tok, the exact KL of the
-    next-token distributions: (N, R), nats. Log-probs come from training's forward pass, not from the sampler.
+    By the forward pass of training, as the sampler's log-probs are not the same bits; `size` rows at a time.
     """
-    policy, reference, reward_model, reward_tokenizer = models
-    pad_id, start = tokenizer.pad_token_id, time.perf_counter()
-    prompts = [example["prompt_ids"] for example in examples for _ in range(num_responses)]
-    prompts = pad(prompts, "left", pad_id, args.device)
-    limits = args.response_length, args.temperature, eos_id, pad_id
-    batch = *prompts, *sample_responses(policy, *prompts, *limits)
-    sampled, parts = time.perf_counter(), []
-    for part in zip(*(x.split(args.micro_batch_size * num_responses) for x in batch)):
-        ids, mask = part[2:]
-        old = response_distributions(policy, *part, args.temperature)  # (n, R, V)
-        ref = response_distributions(reference, *part, args.temperature)
-        per_token = [x.gather(-1, ids.unsqueeze(-1)).squeeze(-1) for x in (old, ref)]
-        per_token += [-(old.exp() * old).sum(-1), (old.exp() * (old - ref)).sum(-1)]
-        ended = ((ids == eos_id) & mask).any(1)
-        scored = translate(part, tokenizer, reward_tokenizer) if reward_tokenizer else part
-        score = read_score(reward_model, *scored).double() - args.missing_eos_penalty * ~ended
-        parts.append([x.masked_fill(~mask, 0.0) for x in per_token] + [score, ended])
-    names = "logp_old_tok", "logp_ref_tok", "entropy_tok", "kl_tok", "score", "ended"
-    result = dict(zip(("prompt_ids", "prompt_mask", "response_ids", "response_mask"), batch))
-    result |= {name: torch.cat(values) for name, values in zip(names, zip(*parts))}
-    return result, {"seconds_rollout": sampled - start, "seconds_score": time.perf_counter() - sampled}
+    (policy, reference, reward), parts = models, []
+    for first in range(0, len(batch["response"]), size):
+        part = {name: x[first : first + size] for name, x in batch.items()}
+        tokens = [part[name] for name in TOKENS]
+        with autocast(args):
+            log_old = response_distributions(policy, *tokens, args.temperature)  # (n, R, V)
+            log_ref = response_distributions(reference, *tokens, args.temperature)
+            score = reward(part).double()
+        ids, outside = part["response_ids"].unsqueeze(-1), ~part["response_mask"]
+        values = {"logp_old_tok": log_old.gather(-1, ids).squeeze(-1)}
+        values["logp_ref_tok"] = log_ref.gather(-1, ids).squeeze(-1)
+        values["entropy_tok"] = -(log_old.exp() * log_old).sum(-1)
+        values["kl_tok"] = (log_old.exp() * (log_old - log_ref)).sum(-1)
+        values = {name: x.masked_fill(outside, 0.0) for name, x in values.items()}
+        values["score"] = torch.where(part["ended"], score, score - args.missing_eos_penalty)
+        parts.append(values)
+    return batch | {name: torch.cat([values[name] for values in parts]) for name in parts[0]}
 
 
-def rollout_metrics(batch, num_responses, beta):
-    """Means of a rollout: reward, objective (reward - beta kl), kl and kl_exact (nats) per response; entropy
-    (nats) and perplexity under the reference per token; response_length (tokens); eos_rate;
+def batch_metrics(batch, num_responses, beta):
+    """Means of a scored batch: reward, objective (reward - beta kl), kl and kl_exact (nats) per response;
+    entropy (nats) and perplexity under the reference per token; response_length (tokens); eos_rate;
     frac_identical_pairs, of the pairs of responses to a prompt."""
     mask, tokens = batch["response_mask"], batch["response_mask"].sum()
     reward, kl = batch["score"].mean(), (batch["logp_old_tok"] - batch["logp_ref_tok"]).sum(1).mean()
@@ -496,147 +332,114 @@ def rollout_metrics(batch, num_responses, beta):
     return {name: value.item() for name, value in metrics.items()}
 
 
-def printable(text):
-    """For the terminal: control characters are written out, so that no text can drive it."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+def update_metrics(updates):
+    """Means over the optimizer steps of a batch; the largest |log rho|, and the first, which must be 0."""
+    metrics = {name: sum(u[name] for u in updates) / len(updates) for name in updates[0]}
+    metrics["log_ratio_max"] = max(u["log_ratio_max"] for u in updates)
+    return metrics | {"log_ratio_first": updates[0]["log_ratio_max"]}
 
 
-def cost_metrics(tokens, seconds):
-    """Seconds by phase, response tokens per second of them all, peak memory (GPU, else the process)."""
-    peak = torch.cuda.max_memory_allocated() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return seconds | {"tokens_per_second": tokens / sum(seconds.values()), "peak_memory_gb": peak / 1e9}
+def cost_metrics(batch, clock):
+    """Seconds by phase, from the clock around them; response tokens per second; peak memory of the GPU."""
+    seconds = {"seconds_rollout": clock[1] - clock[0], "seconds_score": clock[2] - clock[1]}
+    seconds["seconds_update"] = clock[3] - clock[2]
+    tokens_per_second = batch["response_mask"].sum().item() / (clock[3] - clock[0])
+    peak = torch.cuda.max_memory_allocated() / 1e9
+    return seconds | {"tokens_per_second": tokens_per_second, "peak_memory_gb": peak}
 
 
-def evaluate(step, models, held_out, eos_id, tokenizer, args):
+def evaluate(step, models, held_out, tokenizer, args):
     """eval_ metrics on held-out prompts, every time with the same seed; the texts go to samples.jsonl."""
     torch.manual_seed(args.seed * 10**6)
-    batch, _ = rollout(models, held_out, 1, eos_id, tokenizer, args)
-    kl = (batch["logp_old_tok"] - batch["logp_ref_tok"]).sum(1)
-    for row, example in enumerate(held_out):
-        ids = batch["response_ids"][row][batch["response_mask"][row]]
-        text = {"prompt": example["prompt"], "response": tokenizer.decode(ids, skip_special_tokens=True)}
-        numbers = {"reward": batch["score"][row].item(), "kl": kl[row].item()}
-        append_jsonl(args, "samples.jsonl", {"step": step} | text | numbers)
-    return {f"eval_{name}": value for name, value in rollout_metrics(batch, 1, args.beta).items()}
+    batch = sample_batch(models[0], held_out, 1, tokenizer, args)
+    batch = score_batch(batch, models, args.micro_batch_size, args)
+    for i, score in enumerate(batch["score"].tolist()):
+        row = {"step": step, "prompt": batch["prompt"][i], "response": batch["response"][i], "reward": score}
+        append_jsonl(args, "samples.jsonl", row)
+    metrics = {f"eval_{name}": value for name, value in batch_metrics(batch, 1, args.beta).items()}
+    reached = f"reward {metrics['eval_reward']:.3f}, KL {metrics['eval_kl']:.2f} nats/response"
+    tqdm.write(f"step {step}: {reached}, {metrics['eval_response_length']:.1f} tokens, on held-out prompts")
+    return metrics
 
 
-def print_result(args, seconds):
-    """The last line: what the policy reached on the held-out prompts, from what, and where it is."""
-    rows = [json.loads(line) for line in open(Path(args.output_dir, "metrics.jsonl"))]
-    before, after, kl = rows[0]["eval_reward"], rows[-1]["eval_reward"], rows[-1]["eval_kl"]
-    reached = f"reward {before:.3f} -> {after:.3f} at KL {kl:.2f} nats/response on held-out prompts"
-    print(f"{args.output_dir}: {reached}; {rows[-1]['step']} steps, {seconds / 60:.1f} minutes")
+def print_result(args, metrics, start):
+    """The last line: what the policy reached, and where it is."""
+    reached = f"reward {metrics['eval_reward']:.3f} at KL {metrics['eval_kl']:.2f} nats/response"
+    minutes = (time.perf_counter() - start) / 60
+    print(f"{args.output_dir}: {reached} on held-out prompts; {args.steps} steps, {minutes:.1f} minutes")
 
 
-# ------------------------------------------------- checkpoints and failures (the same bytes in every script)
-ZERO_ALLOWED = """seed eval_every save_every micro_batch_size beta reward_shift missing_eos_penalty margin
-    lm_coef ptx_coef entropy_coef lam value_clip_range critic_warmup_steps""".split()
-DATA_FILES = (".json", ".jsonl", ".gz", ".parquet")
-MAY_CHANGE = ["resume", "overwrite", "steps", "save_every", "device"]
-INPUTS = ["model", "reward_model", "dataset", "eval_dataset", "ptx_dataset"]
-received_signals = []
+# ------------------------------------------------------------------------------- the run folder and failures
+MAY_CHANGE = "steps", "save_every", "device", "resume", "overwrite"  # on --resume
+LOGS = "metrics.jsonl", "samples.jsonl"
+stop_signals = []
 
 
-class RunError(Exception):
-    """An expected failure in one line: what is wrong; what to do. Exit status 2: the input, 1: the run."""
-
-    def __init__(self, wrong, todo, status=2):
-        super().__init__(f"{wrong}; {todo}")
-        self.status = status
-
-
-def require(condition, wrong, todo, status=2):
+def require(condition, message, status=2):
+    """Else ends the run in one line: what is wrong; what to do. Status 2: the input, 1: the run."""
     if not condition:
-        raise RunError(wrong, todo, status)
+        message = "".join(c if c.isprintable() else "?" for c in message)  # no text may drive the terminal
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(status)
 
 
-def first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-
-
-def is_findable(name):
-    """A path that exists, or a name for the hub: owner/name, not a data file nor what a stage writes."""
-    on_hub = re.fullmatch(r"(?!\.|out/|data/)[\w.-]+(/[\w.-]+)?", name) and not name.endswith(DATA_FILES)
-    return Path(name).exists() or bool(on_hub)
+@contextmanager
+def explained(wrong, todo, status=2):
+    """Whatever is raised inside ends the run in one line: each library raises kinds of its own."""
+    try:
+        yield
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        require(False, f"{wrong} ({reason}); {todo}", status)
 
 
 def check_args(args):
-    """Numbers in range, batches that divide, a device that works, a free output folder. Writes nothing."""
+    """Numbers in range, an output folder that is free or holds a run to go on with, and the device."""
     for name, value in vars(args).items():
-        low = 0 if name in ZERO_ALLOWED else 1 if type(value) is int else 1e-12
-        in_range = type(value) not in (int, float) or low <= value <= 1e9
-        require(in_range, f"--{name} {value} is out of range", f"give a number from {low} to 1e9")
-    if hasattr(args, "minibatch_size"):
-        args.micro_batch_size = args.micro_batch_size or args.minibatch_size
-        n, m, k = (getattr(args, x, 0) for x in ("prompts_per_step", "minibatch_size", "micro_batch_size"))
-        require(n % m == 0, f"--minibatch_size {m} does not divide --prompts_per_step {n}", "give a divisor")
-        require(m % k == 0, f"--micro_batch_size {k} does not divide --minibatch_size {m}", "give a divisor")
+        least = 0 if name in MAY_BE_ZERO else 1e-12
+        in_range = isinstance(value, bool) or not isinstance(value, int | float) or least <= value <= 1e9
+        require(in_range, f"--{name} {value} is out of range; give a number from {least} to 1e9")
+    folder, todo = Path(args.output_dir), "choose another --output_dir"
+    is_run, is_used = (folder / "args.json").exists(), folder.is_file() or any(folder.glob("*"))
+    require(is_run or not is_used, f"{folder} holds files but no run; {todo}")
+    require(is_run or not args.resume, f"{folder} holds no run; leave out --resume")
+    unclear = is_run and args.resume == args.overwrite
+    require(not unclear, f"{folder} holds a run; give either --resume or --overwrite, or {todo}")
+    inputs = [Path(value).resolve() for value in (args.model, args.dataset)]
+    require(folder.resolve() not in inputs, f"--output_dir {folder} is an input; {todo}")
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=args.device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        wrong = f"cannot use --device {args.device} ({first_line(error)})"
-        raise RunError(wrong, "give cpu or cuda") from None
-    folder, elsewhere = Path(args.output_dir).resolve(), "choose another --output_dir"
-    parent = next(path for path in (folder, *folder.parents) if path.exists())
-    require(parent.is_dir() and os.access(parent, os.W_OK), f"{parent} cannot be written", elsewhere)
-    inputs = [Path(getattr(args, name, None) or "").resolve() for name in INPUTS]
-    inside = any(folder in (path, *path.parents) for path in inputs)
-    require(not inside, f"--output_dir {folder} holds an input", elsewhere)
-    if not folder.exists() or not any(folder.iterdir()):
-        return
-    require((folder / "args.json").exists(), f"{folder} holds files but no run", elsewhere)
-    require(args.resume or args.overwrite, f"{folder} holds a run", f"--resume, --overwrite or {elsewhere}")
-    require(not (args.resume and args.overwrite), "--resume and --overwrite are opposites", "give one")
-    try:
-        before = json.loads((folder / "args.json").read_text())["args"] if args.resume else vars(args)
-        if args.resume and (folder / "checkpoint.pt").exists():
-            torch.load(folder / "checkpoint.pt", weights_only=True, mmap=True)
-    except Exception as error:  # not JSON, not a checkpoint, not readable
-        wrong = f"cannot read args.json and checkpoint.pt in {folder} ({first_line(error)})"
-        raise RunError(wrong, elsewhere) from None
-    for name in [name for name in vars(args) if name not in MAY_CHANGE]:
-        was, now = before.get(name), getattr(args, name)
-        todo = f"on --resume only {', '.join(MAY_CHANGE[2:])} may change"
-        require(was == now, f"--{name} was {was} and is now {now}", todo)
 
 
 def open_run(args):
-    """Makes the output folder. Returns the last checkpoint, {"step", "models", ...}, or None.
-
-    On --resume the logs are cut back to that checkpoint, so that they end up without gaps or repeats.
-    """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_signal)
-    folder = Path(args.output_dir)
-    for path in folder.glob("*") if args.overwrite else ():  # args.json stays, or this would be no run
-        shutil.rmtree(path) if path.is_dir() else path.name == "args.json" or path.unlink()
-    path, checkpoint = folder / "checkpoint.pt", None
-    if path.exists():
-        try:
+    """Makes the output folder. Returns the checkpoint to --resume from, {"step", "models", ...}, or None."""
+    folder, path, checkpoint = Path(args.output_dir), Path(args.output_dir, "checkpoint.pt"), None
+    if args.resume and path.exists():
+        with explained(f"cannot read {path}", "start again with --overwrite"):
             checkpoint = torch.load(path, map_location=args.device, weights_only=True)
-        except Exception as error:  # torch raises many kinds
-            raise RunError(f"cannot read {path} ({first_line(error)})", "give --overwrite") from None
+        for name, was in checkpoint["args"].items():
+            now, todo = getattr(args, name, None), f"on --resume only {', '.join(MAY_CHANGE)} may change"
+            require(was == now or name in MAY_CHANGE, f"--{name} was {was} and is now {now}; {todo}")
         done = checkpoint["step"]
-        require(done <= args.steps, f"{folder} has done {done} steps of {args.steps}", "raise --steps")
-    folder.mkdir(parents=True, exist_ok=True)
-    git = ["git", "-C", str(Path(__file__).absolute().parent), "rev-parse", "HEAD"]
-    commit = shutil.which("git") and subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    versions = {name: version(name) for name in ("torch", "transformers", "datasets")}
-    record = {"args": vars(args), "versions": versions, "git_commit": commit or None}
-    new = Path(f"{folder}.args.json")  # beside the folder, which is empty or holds a whole args.json
-    new.write_text(json.dumps(record, indent=2))
-    os.replace(new, folder / "args.json")
-    for log in folder.glob("*.jsonl"):
-        os.truncate(log, checkpoint["log_sizes"].get(log.name, 0) if checkpoint else 0)
+        require(done <= args.steps, f"{folder} has done {done} steps of {args.steps}; raise --steps")
+    sizes = checkpoint["log_sizes"] if checkpoint else {}
+    with explained(f"cannot write to {folder}", "choose another --output_dir"):
+        folder.mkdir(parents=True, exist_ok=True)
+        if args.overwrite:
+            path.unlink(missing_ok=True)
+        (folder / "args.json").write_text(json.dumps({"args": vars(args)}, indent=2))
+        for log in [folder / name for name in LOGS if (folder / name).exists()]:
+            os.truncate(log, sizes.get(log.name, 0))  # back to the checkpoint: neither gaps nor repeats
+    signal.signal(signal.SIGINT, on_signal)
+    signal.signal(signal.SIGTERM, on_signal)
     return checkpoint
 
 
 def on_signal(number, frame):
-    """Lets the step finish and save; the same signal again ends at once."""
-    received_signals.append(number)
+    """Lets the step finish and save, and says so at once; the same signal again ends at once."""
+    stop_signals.append(number)
     signal.signal(number, signal.SIG_DFL)
+    print("stopping after this step, which will be saved", file=sys.stderr, flush=True)
 
 
 def append_jsonl(args, name, row):
@@ -644,177 +447,141 @@ def append_jsonl(args, name, row):
         file.write(json.dumps(row) + "\n")
 
 
-def save_checkpoint(args, step, models, tokenizer, state):
-    """Writes checkpoint.pt, all that --resume needs, beside and moves it into place; then exports the models.
-
-    models: {subfolder: model}, "" for the main one. state: what else the script needs, tensors and values.
-    """
-    path, new = Path(args.output_dir, "checkpoint.pt"), Path(args.output_dir, "checkpoint.pt.new")
-    finite = all(p.isfinite().all() for model in models.values() for p in model.parameters())
-    if not finite:
-        raise RunError(f"weights are not finite after step {step}", last_checkpoint(args), 1)
-    state = state | {"step": step, "models": {name: model.state_dict() for name, model in models.items()}}
-    state["log_sizes"] = {log.name: log.stat().st_size for log in path.parent.glob("*.jsonl")}
-    try:
-        torch.save(state, new)
-        os.replace(new, path)
-        export_models(args, models, tokenizer)
-    except Exception as error:  # a full disk shows as OSError, RuntimeError or SafetensorError
-        new.unlink(missing_ok=True)
-        todo = f"make room and --resume; {last_checkpoint(args)}"
-        raise RunError(f"cannot save step {step} ({first_line(error)})", todo, 1) from None
-
-
-def export_models(args, models, tokenizer):
-    """Ordinary save_pretrained folders, written beside and moved into place file by file."""
-    new = Path(args.output_dir, "new")
-    for name, model in models.items():
-        model.save_pretrained(new / name)
-        tokenizer.save_pretrained(new / name)
-        Path(args.output_dir, name).mkdir(exist_ok=True)
-    for path in [path for path in new.rglob("*") if path.is_file()]:
-        os.replace(path, Path(args.output_dir, path.relative_to(new)))
-    shutil.rmtree(new)
-
-
-def last_checkpoint(args):
-    path = Path(args.output_dir, "checkpoint.pt")
-    step = torch.load(path, weights_only=True)["step"] if path.exists() else None
-    return f"the last good checkpoint is step {step} in {path}" if step else "there is no checkpoint yet"
-
-
-def require_finite(args, step, **values):
+def require_finite(metrics, step, args):
     """Stops the run before a bad gradient reaches the weights."""
-    for name, value in values.items():
-        if not math.isfinite(value):
-            todo = f"lower --learning_rate in a new run; {last_checkpoint(args)}"
-            raise RunError(f"{name} is {value} at step {step}", todo, 1)
+    found = f"loss {metrics['loss']}, gradient norm {metrics['grad_norm']} at step {step}"
+    todo = f"lower --learning_rate in a new run; the last good checkpoint is in {args.output_dir}"
+    require(math.isfinite(metrics["loss"] + metrics["grad_norm"]), f"{found}; {todo}", 1)
 
 
 def end_step(args, step, metrics, models, tokenizer, state):
-    """Logs a finished step; saves when due, after the last, or when a signal asks to stop, and then exits."""
-    require_finite(args, step, **{name: x for name, x in metrics.items() if isinstance(x, float)})
+    """Logs a finished step; saves when due, after the last, or when a signal asks to stop, and then exits.
+
+    models: {subfolder: model}, "" for the main one. state: what else --resume needs, tensors and values.
+    """
     append_jsonl(args, "metrics.jsonl", {"step": step} | metrics)
-    stop = list(received_signals)  # once: a signal that comes after this line waits for the next step
+    stop = list(stop_signals)  # once: a signal that comes after this line waits for the next step
     if stop or step == args.steps or (args.save_every and step % args.save_every == 0):
-        save_checkpoint(args, step, models, tokenizer, state)
+        folder, new = Path(args.output_dir), Path(args.output_dir, "checkpoint.pt.new")
+        state = state | {"step": step, "metrics": metrics, "args": vars(args)}
+        state["models"] = {name: model.state_dict() for name, model in models.items()}
+        logs = [folder / name for name in LOGS if (folder / name).exists()]
+        state["log_sizes"] = {log.name: log.stat().st_size for log in logs}
+        with explained(f"cannot save step {step}", "make room and --resume: the last checkpoint is whole", 1):
+            for name, model in models.items():
+                model.save_pretrained(folder / name)
+                tokenizer.save_pretrained(folder / name)
+            torch.save(state, new)
+            os.replace(new, folder / "checkpoint.pt")  # last, so that where it is, the rest is whole
     if stop:
         print(f"stopped after step {step} of {args.steps} and saved; go on with --resume", file=sys.stderr)
         sys.exit(128 + stop[0])
 
 
 def guard(main, args_class):
-    """Parses the command line and runs main(args). Expected failures become one line and an exit status."""
+    """Command line -> main(args). An expected failure becomes one line and an exit status, no traceback."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(60)  # above CRITICAL: what it reports as errors, we raise
-    parser = HfArgumentParser(args_class, allow_abbrev=False)
-    parser.error = lambda message: require(False, message, "see --help")
-    parse = {"look_for_args_file": False, "return_remaining_strings": True}
+    with explained("cannot read the command line", "see --help"):
+        parser = transformers.HfArgumentParser(args_class, allow_abbrev=False, exit_on_error=False)
+        (args,) = parser.parse_args_into_dataclasses(look_for_args_file=False)
     try:
-        args, unknown = parser.parse_args_into_dataclasses(**parse)
-        require(not unknown, f"unknown argument {' '.join(unknown)}", "see --help")
-        return main(args)
-    except RunError as error:
-        message, status = error, error.status
+        main(args)
     except torch.OutOfMemoryError:
-        message, status = "out of memory; lower --micro_batch_size or lengths, or use --dtype bfloat16", 1
-    except (OSError, SafetensorError) as error:
-        message, status = f"{first_line(error)}; make room or mend the permissions, and go on", 1
+        require(False, "out of memory; lower --micro_batch_size or lengths, or use --dtype bfloat16", 1)
+    except OSError as error:
+        require(False, f"{error}; mend that, and go on with --resume", 1)
     except KeyboardInterrupt:
-        message, status = "interrupted; what was saved is kept", 130
-    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in f"error: {message}")
-    print(line, file=sys.stderr)
-    sys.exit(status)
+        require(False, "interrupted; what was saved is kept", 130)
 
 
 # ------------------------------------------------------------------------------------------------------ main
-def policy_loss(logp_new_seq, logp_old_seq, reward, args):
-    """The loss that --clipping names."""
-    if args.clipping != "none":
-        limits = args.clip_range, args.clipping, args.max_importance_weight
-        return p3o_loss(logp_new_seq, logp_old_seq, reward, *limits)
-    stats = {"clip_fraction": 0.0, "log_ratio_max": (logp_new_seq - logp_old_seq).detach().abs().max().item()}
-    return pairwise_policy_gradient_loss(logp_new_seq, reward), stats
-
-
-def update_policy(policy, optimizer, batch, reward, prompts, step, args):
+def update_policy(policy, optimizer, batch, reward, minibatch, step, args):
     """An optimizer step on a minibatch of prompts, each with its K responses, in micro-batches."""
-    K, total = reward.shape[1], defaultdict(float)
-    for micro in prompts.split(args.micro_batch_size):
-        rows = (micro.unsqueeze(1) * K + torch.arange(K)).flatten()
-        inputs = [batch[x][rows] for x in ("prompt_ids", "prompt_mask", "response_ids", "response_mask")]
-        logp_new_seq = response_logps(policy, *inputs, args.temperature).sum(1).view(-1, K)
+    K, total = reward.shape[1], {"loss": 0.0, "clip_fraction": 0.0, "log_ratio_max": 0.0}
+    for prompts in minibatch.split(args.micro_batch_size):
+        rows = (prompts.unsqueeze(1) * K + torch.arange(K)).flatten()
+        with autocast(args):
+            logp_new_tok = response_logps(policy, *(batch[x][rows] for x in TOKENS), args.temperature)
+        logp_new_seq = logp_new_tok.sum(1).view(-1, K)
         logp_old_seq = batch["logp_old_tok"][rows].sum(1).view(-1, K)
-        loss, stats = policy_loss(logp_new_seq, logp_old_seq, reward[micro], args)
-        share = len(micro) / len(prompts)
+        if args.clipping == "none":
+            loss = pairwise_policy_gradient_loss(logp_new_seq, reward[prompts])
+            log_ratio_max = (logp_new_seq - logp_old_seq).detach().abs().max().item()
+            stats = {"clip_fraction": 0.0, "log_ratio_max": log_ratio_max}
+        else:
+            settings = args.clip_range, args.clipping, args.max_importance_weight
+            loss, stats = p3o_loss(logp_new_seq, logp_old_seq, reward[prompts], *settings)
+        share = len(prompts) / len(minibatch)
         (loss * share).backward()
         total["loss"] += loss.item() * share
         total["clip_fraction"] += stats["clip_fraction"] * share
         total["log_ratio_max"] = max(total["log_ratio_max"], stats["log_ratio_max"])
     total["grad_norm"] = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm).item()
-    require_finite(args, step, loss=total["loss"], grad_norm=total["grad_norm"])
+    require_finite(total, step, args)
     optimizer.step()
     optimizer.zero_grad()
     return total
 
 
-def update_metrics(updates):
-    """Means over the optimizer steps of a rollout; the largest |log rho|, and the first, which must be 0."""
-    metrics = {name: sum(u[name] for u in updates) / len(updates) for name in updates[0]}
-    metrics["log_ratio_max"] = max(u["log_ratio_max"] for u in updates)
-    return metrics | {"log_ratio_first": updates[0]["log_ratio_max"]}
-
-
 def main(args):
     check_args(args)
-    K, c = args.num_responses, args.max_importance_weight
-    require(K >= 2, "--num_responses must be at least 2", "P3O learns from pairs of responses")
-    require(c is None or c >= 1, f"--max_importance_weight {c} is below 1", "weights are held in [1/c, c]")
+    B, K, c = args.prompts_per_step, args.num_responses, args.max_importance_weight
+    args.micro_batch_size = args.micro_batch_size or args.minibatch_size
+    require(K >= 2, "--num_responses is 1; P3O learns from pairs of responses, give 2 or more")
+    require(c is None or c >= 1, f"--max_importance_weight {c} is below 1; weights are held in [1/c, c]")
+    require(
+        B % args.minibatch_size == 0, f"--minibatch_size does not divide --prompts_per_step {B}; alter it"
+    )
     tokenizer = load_tokenizer(args.model)
-    prompts, eos_id = read_examples(args.dataset, ["train"], 0, tokenizer, args)
-    held_out, _ = read_examples(args.dataset, ["validation", "test"], 0, tokenizer, args, args.eval_prompts)
+    prompts = read_prompts(args.dataset, ["train"], tokenizer, args)
+    held_out = read_prompts(args.dataset, ["validation", "test"], tokenizer, args, args.eval_prompts)
     policy, reference = (load_model(AutoModelForCausalLM, args.model, tokenizer, args) for _ in range(2))
-    models = policy, reference.requires_grad_(False), *load_reward_model(args.reward_model, tokenizer, args)
-    offsets = prompt_offsets(len(prompts), args.reward_shift).to(args.device)
+    models = policy, reference.requires_grad_(False), load_reward(tokenizer, args)
+    # delta(x) of --reward_shift, in multiples of 1/256: float64 adds it without rounding a difference.
+    delta = torch.randn(len(prompts), 1, generator=torch.Generator().manual_seed(0)).double()
+    delta = ((args.reward_shift * delta * 256).round() / 256).to(args.device)  # (rows, 1)
     settings = {"lr": args.learning_rate, "betas": (0.9, 0.95), "eps": 1e-5, "weight_decay": 0.0}
     optimizer = torch.optim.AdamW(policy.parameters(), **settings)
-    checkpoint, start = open_run(args), time.perf_counter()
-    done = checkpoint["step"] if checkpoint else 0
+    checkpoint, start, done = open_run(args), time.perf_counter(), 0
     if checkpoint:
+        done, metrics = checkpoint["step"], checkpoint["metrics"]
         policy.load_state_dict(checkpoint["models"][""])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        export_models(args, {"": policy}, tokenizer)  # in case the run was killed while it did so
     else:
-        metrics = evaluate(0, models, held_out, eos_id, tokenizer, args)
+        metrics = evaluate(0, models, held_out, tokenizer, args)
         append_jsonl(args, "metrics.jsonl", {"step": 0} | metrics)
 
-    for step in tqdm(range(done + 1, args.steps + 1), "p3o", args.steps, initial=done, disable=None):
+    bar = tqdm(range(done + 1, args.steps + 1), "p3o", args.steps, initial=done, disable=None)
+    for step in bar:
         torch.manual_seed(args.seed * 10**6 + step)  # every step draws afresh: no random state to save
         optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - (step - 1) / args.steps)
-        # 1. Sample a batch of prompts and K responses to each from pi_old; score them with the reward model.
-        rows = data_order(len(prompts), args.prompts_per_step, step, args.seed)
-        batch, seconds = rollout(models, [prompts[row] for row in rows], K, eos_id, tokenizer, args)
-        # 2. Trajectory rewards, (B, K): the KL of the whole response is part of them. Shifted scores are in
-        #    float64, where prompt_offsets does not round their differences.
-        score = batch["score"].view(-1, K) + offsets[rows]
-        logp_old_seq, logp_ref_seq = (batch[x].sum(1).view(-1, K) for x in ("logp_old_tok", "logp_ref_tok"))
-        reward = trajectory_reward(score, logp_old_seq, logp_ref_seq, args.beta)
+        # 1. Sample K responses to each of B prompts from pi_old.
+        rows, clock = data_order(len(prompts), B, step, args.seed), [time.perf_counter()]
+        batch = sample_batch(policy, [prompts[row] for row in rows], K, tokenizer, args)
+        clock.append(time.perf_counter())
+        # 2. Score them: trajectory rewards, in float64.
+        batch = score_batch(batch, models, args.micro_batch_size * K, args)
+        score = batch["score"].view(B, K) + delta[rows]
+        logp_old_seq = batch["logp_old_tok"].sum(1).view(B, K)
+        logp_ref_seq = batch["logp_ref_tok"].sum(1).view(B, K)
+        reward = trajectory_reward(score, logp_old_seq, logp_ref_seq, args.beta)  # (B, K)
+        clock.append(time.perf_counter())
         # 3. Climb the pairwise objective: epochs of minibatches, the responses to a prompt always together.
-        updates, clock = [], time.perf_counter()
+        updates = []
         for _ in range(args.epochs):
-            for minibatch in torch.randperm(len(rows)).split(args.minibatch_size):
+            for minibatch in torch.randperm(B).split(args.minibatch_size):
                 updates.append(update_policy(policy, optimizer, batch, reward, minibatch, step, args))
+        clock.append(time.perf_counter())
         # 4. Log, evaluate, save; pi_old is now the policy just trained.
-        seconds["seconds_update"] = time.perf_counter() - clock
-        tokens = batch["response_mask"].sum().item()
-        metrics = rollout_metrics(batch, K, args.beta) | update_metrics(updates)
-        metrics |= cost_metrics(tokens, seconds)
+        metrics = batch_metrics(batch, K, args.beta) | update_metrics(updates) | cost_metrics(batch, clock)
+        bar.set_postfix(reward=f"{metrics['reward']:.3f}", kl=f"{metrics['kl']:.2f}")
         if step == args.steps or (args.eval_every and step % args.eval_every == 0):
-            metrics |= evaluate(step, models, held_out, eos_id, tokenizer, args)
+            metrics |= evaluate(step, models, held_out, tokenizer, args)
         end_step(args, step, metrics, {"": policy}, tokenizer, {"optimizer": optimizer.state_dict()})
-    print_result(args, time.perf_counter() - start)
+    print_result(args, metrics, start)
 
 
 if __name__ == "__main__":

@@ -19,32 +19,20 @@ Masks are boolean, True counts.
 import json
 import math
 import os
-import re
-import resource
-import shutil
 import signal
-import subprocess
 import sys
 import time
-from collections import Counter
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
 import datasets
 import torch
 import transformers
-from jinja2 import TemplateError
-from safetensors import SafetensorError
 from torch.nn.functional import logsigmoid
 from tqdm import tqdm
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    HfArgumentParser,
-)
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 
 def flag(default, text):
@@ -53,27 +41,30 @@ def flag(default, text):
 
 @dataclass
 class Args:
-    model: str = flag("out/sft", "SFT model, the start of the reward model")
-    dataset: str = flag("data/toy/preferences", "hub name or local path: chosen and rejected responses")
+    model: str = flag("out/sft", "SFT model, the start of the reward model; a reward model keeps its head")
+    dataset: str = flag("data/toy/preferences", "hub name or folder: text columns prompt, chosen, rejected")
     output_dir: str = flag("out/reward_model", "folder of this run")
     seed: int = flag(0, "of the score head and the data order")
     device: str = flag("auto", "auto (cuda when there is one), cpu, cuda, cuda:1, ...")
-    dtype: Literal["float32", "bfloat16"] = flag("float32", "bfloat16: autocast; weights stay in float32")
+    dtype: Literal["float32", "bfloat16"] = flag("float32", "bfloat16: autocast, over float32 weights")
     learning_rate: float = flag(1e-3, "AdamW, rises, then falls to 0; 1e-5 for pretrained models")
     epochs: int = flag(1, "passes over the data; more than one overfits")
     steps: int | None = flag(None, "optimizer steps instead of --epochs")
     minibatch_size: int = flag(32, "pairs per optimizer step")
-    micro_batch_size: int = flag(0, "pairs per forward pass: same gradient, less memory; 0: the minibatch")
+    micro_batch_size: int = flag(0, "pairs per forward pass: less memory, same gradient; 0: the minibatch")
     margin: float = flag(0.0, "subtracted from the difference of the scores before the sigmoid")
     lm_coef: float = flag(0.0, "weight of the LM loss on chosen responses; 1 in the paper, 0 in its code")
-    prompt_length: int = flag(32, "tokens; longer prompts are dropped and counted")
-    response_length: int = flag(24, "tokens; longer responses are cut, EOS included")
+    prompt_length: int = flag(32, "tokens; rows with longer prompts are left out and counted")
+    response_length: int = flag(24, "tokens, EOS included; rows with longer responses are left out")
     max_grad_norm: float = flag(1.0, "global gradient-norm clip")
     eval_every: int = flag(50, "steps between evaluations on held-out pairs; 0: only before and after")
     eval_rows: int = flag(1000, "held-out pairs of an evaluation")
     save_every: int = flag(100, "steps between checkpoints; 0: only the last")
-    resume: bool = flag(False, "continue from the last checkpoint; steps, save_every, device may change")
+    resume: bool = flag(False, "continue from the last checkpoint; only steps, save_every, device may change")
     overwrite: bool = flag(False, "replace the run in output_dir")
+
+
+MAY_BE_ZERO = "seed micro_batch_size margin lm_coef eval_every save_every".split()
 
 
 # ------------------------------------------------------------------------------------------- the mathematics
@@ -92,26 +83,35 @@ def calibration(difference, bins=5):
     model gives to its favourite; predicted is its mean in the bin, actual the rate at which the favourite was
     the chosen one. error: the expected calibration error, the mean of |predicted - actual| over pairs.
     """
-    confidence, right = difference.abs().sigmoid().double(), (difference > 0).double() + (difference == 0) / 2
+    confidence = difference.abs().sigmoid().double()  # (M,)
+    right = (difference.sign().double() + 1) / 2  # ties half
     which = ((confidence - 0.5) * 2 * bins).long().clamp(max=bins - 1)
-    table = [
-        [confidence[which == b].mean().item(), right[which == b].mean().item(), (which == b).sum().item()]
-        for b in range(bins)
-        if (which == b).any()
-    ]
-    return table, sum(n * abs(predicted - actual) for predicted, actual, n in table) / len(difference)
+    table, error = [], 0.0
+    for b in range(bins):
+        inside = which == b
+        if inside.any():
+            predicted, actual = confidence[inside].mean().item(), right[inside].mean().item()
+            table.append([predicted, actual, inside.sum().item()])
+            error += inside.double().mean().item() * abs(predicted - actual)
+    return table, error
+
+
+def lr_share(step, steps):
+    """Share of --learning_rate at step 1, 2, ...: rises over the first tenth of the steps, then falls to 0.
+
+    Without the rise the toy's SFT model hardly learns to copy what the prompt asks for.
+    """
+    return min(step / (0.1 * steps), (1 - (step - 1) / steps) / 0.9)
 
 
 # -------------------------------------------------------------------------------------- tokens and log-probs
-def pad(sequences, side, pad_id, device):
+TOKENS = "prompt_ids", "prompt_mask", "response_ids", "response_mask"  # (N, P), (N, P), (N, R), (N, R)
+
+
+def pad(sequences, side, tokenizer, device):
     """Token lists -> ids (N, L), mask (N, L), padded to the longest on `side`, "left" or "right"."""
-    length = max(len(s) for s in sequences)
-    ids = torch.full((len(sequences), length), pad_id)
-    mask = torch.zeros(len(sequences), length, dtype=torch.bool)
-    for row, s in enumerate(sequences):
-        columns = slice(length - len(s), length) if side == "left" else slice(len(s))
-        ids[row, columns], mask[row, columns] = torch.tensor(s), True
-    return ids.to(device), mask.to(device)
+    rows = tokenizer.pad({"input_ids": sequences}, padding_side=side, return_tensors="pt").to(device)
+    return rows["input_ids"], rows["attention_mask"].bool()
 
 
 def model_inputs(prompt_ids, prompt_mask, response_ids, response_mask):
@@ -138,217 +138,96 @@ def response_logps(model, prompt_ids, prompt_mask, response_ids, response_mask, 
     return logps.gather(-1, response_ids.unsqueeze(-1)).squeeze(-1).masked_fill(~response_mask, 0.0)
 
 
-def read_values(model, prompt_ids, prompt_mask, response_ids, response_mask):
-    """The score head read at the last prompt token and at each response token: (B, R + 1), float32.
-
-    Column t has seen t response tokens. By position: a pad id may be a real token elsewhere.
-    """
-    inputs = model_inputs(prompt_ids, prompt_mask, response_ids, response_mask)
-    hidden = model.base_model(**inputs, use_cache=False).last_hidden_state  # (B, P + R, D)
-    hidden = hidden[:, prompt_ids.shape[1] - 1 :].to(model.score.weight.dtype)
-    return model.score(hidden).squeeze(-1).float()
-
-
 def read_score(model, prompt_ids, prompt_mask, response_ids, response_mask):
-    """r(x, y): the score head read at the last response token, EOS when there is one. (B,), float32."""
-    values = read_values(model, prompt_ids, prompt_mask, response_ids, response_mask)
+    """r(x, y): the score head read at the last response token, by position: pad may be EOS. (B,), float32."""
+    inputs = model_inputs(prompt_ids, prompt_mask, response_ids, response_mask)
+    hidden = model.base_model(**inputs, use_cache=False).last_hidden_state.float()  # (B, P + R, D)
+    with torch.autocast(hidden.device.type, enabled=False):  # bfloat16 would round scores by up to 1%
+        values = model.score(hidden[:, prompt_ids.shape[1] - 1 :]).squeeze(-1)  # (B, 1 + R)
     return values.gather(1, response_mask.sum(1, keepdim=True)).squeeze(1)
 
 
-# ------------------------------------------------------------------------------------------------------ data
-FORMATS = (  # columns, named as in TRL, and responses per row; the first that fits is taken
-    (("prompt", "chosen", "rejected"), 2),
-    (("chosen", "rejected"), 2),  # implicit prompt: HH-RLHF dialogues, or whole conversations
-    (("prompt", "completion"), 1),
-    (("messages",), 1),
-    (("prompt",), 0),
-    (("text",), 1),  # completion of an empty prompt
-)
+# ------------------------------------------------------------------------------------------- data and models
+LEAST_SHARE = 0.1  # of the rows must be within the length limits
 
 
-def open_split(name, splits):
-    """Rows of the first of `splits` that a data set (hub name or local path) has, and that split's name.
+def read_rows(name, splits, columns, tokenizer, args, limit=None):
+    """[{"prompt": text, "prompt_ids": [...], "response_ids": [[...], ...]}, ...], a response for each column.
 
-    A data set without held-out split lends the last 5% of its rows, at most 500, as "test".
+    Of the first of `splits` there is. Texts are taken literally, EOS is added; longer rows are left out.
     """
-    require(is_findable(name), f"data set {name!r} does not exist", "name another; toy.py makes data/toy")
-    path = Path(name)
-    try:
-        if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-            data = datasets.load_from_disk(name)
-        elif path.is_file():
-            data = datasets.load_dataset("parquet" if path.suffix == ".parquet" else "json", data_files=name)
-        else:
-            data = datasets.load_dataset(name)
-        data = data if isinstance(data, dict) else {"train": data}
-        for rows in data.values():
-            rows.data.validate(full=True)  # text that is not UTF-8 shows here, else in the middle of a run
-        if not {"validation", "test"} & set(data):
-            rows = next(iter(data.values()))
-            data = rows.train_test_split(test_size=min(len(rows) // 20 + 1, 500), shuffle=False)
-    except Exception as error:  # each reader raises kinds of its own
-        wrong = f"cannot read data set {name!r} ({first_line(error.__cause__ or error)})"
-        raise RunError(wrong, "give JSON lines, parquet or a hub name") from None
-    split = next((split for split in splits if split in data), None)
-    require(split, f"data set {name!r} has splits {sorted(data)}", f"name one of them {splits[0]!r}")
-    return data[split], split
-
-
-def parse_row(row, tokenizer):
-    """A row of any format -> (prompt, [responses]) as text, conversations by the chat template.
-
-    ValueError says why a row cannot be used.
-    """
-    prompt, responses = row.get("prompt"), [row[column] for column in row if column != "prompt"]
-    if not all(isinstance(value, str | list) for value in row.values()):
-        raise ValueError("null or not text")
-    if any(isinstance(value, list) for value in row.values()):
-        prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        try:
-            whole = [r if prompt is None or r[0]["role"] != "assistant" else prompt + r for r in responses]
-            prompt, *others = [r[:-1] for r in whole] or [prompt]  # the last message is the response
-            if any(other != prompt for other in others):
-                raise ValueError("prompts of chosen and rejected differ")
-            if any(r[-1]["role"] != "assistant" for r in whole):
-                raise ValueError("the last message is not the assistant's")
-            text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-            return text + "", [r[-1]["content"] + "" for r in whole]
-        except (KeyError, TypeError, IndexError, AttributeError, TemplateError):
-            raise ValueError("not a conversation that the chat template accepts") from None
-    if prompt is None and "text" not in row:  # whole dialogues: the assistant's last turn is the response
-        ends = [r.rfind("\n\nAssistant:") + len("\n\nAssistant:") for r in responses]
-        prompt, *others = [r[:end] for r, end in zip(responses, ends)]
-        if not prompt.endswith("\n\nAssistant:") or any(other != prompt for other in others):
-            raise ValueError("prompts of chosen and rejected differ")
-        responses = [r[len(prompt) :] for r in responses]
-    return prompt or "", responses
-
-
-def end_of_turn(tokenizer):
-    """Id of the token that the chat template puts behind an answer: the EOS of conversations."""
-    turns = [{"role": "user", "content": "ping"}, {"role": "assistant", "content": "pong"}]
-    tail = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("pong")[2]
-    return (tokenizer(tail, add_special_tokens=False)["input_ids"] or [tokenizer.eos_token_id])[0]
-
-
-def encode_row(row, num_responses, tokenizer, chat, eos_id, args):
-    """Token ids of a row; responses end in EOS or are cut at --response_length. ValueError: unusable."""
-    prompt, responses = parse_row(row, tokenizer)
-    if chat != any(isinstance(value, list) for value in row.values()):
-        raise ValueError("text among conversations, or the reverse")
-    prompt_ids = tokenizer(prompt, add_special_tokens=not chat)["input_ids"] or [eos_id]
-    if len(prompt_ids) > args.prompt_length:
-        raise ValueError("prompt longer than --prompt_length")
-    if not all(r.strip() for r in responses[:num_responses]):
-        raise ValueError("empty response")
-    ids = [tokenizer(r, add_special_tokens=False)["input_ids"] + [eos_id] for r in responses[:num_responses]]
-    ids = [r[: args.response_length] for r in ids]
-    if num_responses == 2 and ids[0] == ids[1]:
-        raise ValueError("chosen and rejected are the same")
-    return {"prompt": prompt, "prompt_ids": prompt_ids, "response_ids": ids}
-
-
-def read_examples(name, splits, num_responses, tokenizer, args, limit=None):
-    """([{"prompt": text, "prompt_ids": [...], "response_ids": [[...], ...]}, ...], eos_id of the responses).
-
-    num_responses: 2 for preference pairs, chosen first; 1 for demonstrations; 0 for prompts. Rows that cannot
-    be used are dropped, counted and reported by reason; reading stops at `limit` examples.
-    """
-    rows, split = open_split(name, splits)
-    usable = [c for c, n in FORMATS if n >= num_responses and (num_responses or c != ("text",))]
-    columns = next((c for c in usable if set(c) <= set(rows.column_names)), None)
-    expected = " or ".join("+".join(c) for c in usable)
-    require(columns, f"data set {name!r} has columns {rows.column_names}", f"expected {expected}")
-    rows = rows.select_columns(list(columns))
-    first = next((row for row in rows if None not in row.values()), {})
-    chat = any(isinstance(value, list) for value in first.values())
-    todo = "use a model whose tokenizer has a chat template"
-    require(not chat or tokenizer.chat_template, f"{name!r} holds conversations", todo)
-    eos_id = end_of_turn(tokenizer) if chat else tokenizer.eos_token_id
-    examples, dropped = [], Counter()
-    for row in tqdm(rows, f"reading {name}", leave=False, disable=None):
-        try:
-            examples.append(encode_row(row, num_responses, tokenizer, chat, eos_id, args))
-        except ValueError as reason:
-            dropped[str(reason)] += 1
-        if len(examples) == limit:
-            break
-    used = f"{len(examples)} of {len(examples) + dropped.total()} rows used"
-    used += "".join(f", {n} dropped: {reason}" for reason, n in dropped.items())
-    print(f"{name} [{split}], {'+'.join(columns)}{' (conversations)' * chat}: {used}", flush=True)
-    require(examples, f"{name!r} [{split}]: {used}", "look at the data, or raise --prompt_length")
-    return examples, eos_id
+    todo = f"python data.py --dataset {name} --model {args.model} --output_dir data/NAME makes it readable"
+    with explained(f"cannot read data set {name!r}", todo):
+        data = datasets.load_dataset(name)
+        split = next((split for split in splits if split in data), splits[0])
+        texts = {column: data[split][column][:] for column in ("prompt", *columns)}
+        ids = {column: tokenizer(x, add_special_tokens=False)["input_ids"] for column, x in texts.items()}
+    rows = []
+    for i, prompt in enumerate(texts["prompt"]):
+        response_ids = [ids[column][i] + [tokenizer.eos_token_id] for column in columns]
+        longest = max([len(x) for x in response_ids], default=0)
+        if 0 < len(ids["prompt"][i]) <= args.prompt_length and longest <= args.response_length:
+            rows.append({"prompt": prompt, "prompt_ids": ids["prompt"][i], "response_ids": response_ids})
+    used = f"{name} [{split}]: {len(rows)} of {len(texts['prompt'])} rows are within the length limits"
+    todo = f"raise --prompt_length {args.prompt_length} or --response_length {args.response_length}"
+    require(len(rows) > LEAST_SHARE * len(texts["prompt"]), f"{used}; {todo}")
+    print(used, flush=True)
+    return rows[:limit]
 
 
 def data_order(num_rows, size, step, seed):
     """Row numbers of step 1, 2, ...: passes over the data, each shuffled by a seed: no state to save."""
-    places = [divmod(place, num_rows) for place in range((step - 1) * size, step * size)]
-    generators = {n: torch.Generator().manual_seed(seed * 10**6 + n) for n, _ in places}
-    orders = {n: torch.randperm(num_rows, generator=generators[n]) for n in generators}
-    return [orders[n][place].item() for n, place in places]
+    rows, place = [], (step - 1) * size
+    while len(rows) < size:
+        epoch, start = divmod(place + len(rows), num_rows)
+        order = torch.randperm(num_rows, generator=torch.Generator().manual_seed(seed * 10**6 + epoch))
+        rows += order[start : start + size - len(rows)].tolist()
+    return rows
 
 
-# ---------------------------------------------------------------------------------------------------- models
 def load_tokenizer(name):
     """The tokenizer of a model; where it has no padding token EOS serves, as masks go by position."""
-    require(is_findable(name), f"model {name!r} does not exist", "run the stage before, or name another")
-    try:
+    with explained(f"cannot load a tokenizer from {name!r}", "run the stage before, or name another model"):
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except Exception as error:  # missing, broken, unknown: transformers raises many kinds
-        wrong = f"cannot load a tokenizer from {name!r} ({first_line(error)})"
-        raise RunError(wrong, "name a model's folder or hub id") from None
-    require(tokenizer("a")["input_ids"], f"{name!r} holds no tokenizer", "add its tokenizer files")
-    require(tokenizer.eos_token_id is not None, f"the tokenizer of {name!r} has no EOS", "use another model")
+    require(tokenizer.eos_token, f"the tokenizer of {name!r} has no EOS; use another model")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return tokenizer
 
 
-def load_model(auto_class, name, tokenizer, args, may_miss=(), **config):
-    """A decoder-only model from a folder or the hub. may_miss: weights that may be missing: a new head."""
-    try:
-        options = {"dtype": torch.float32, "output_loading_info": True}
-        model, info = auto_class.from_pretrained(name, **options, **config)
-    except Exception as error:
-        wrong = f"cannot load model {name!r} ({first_line(error)})"
-        raise RunError(wrong, "name a model's folder or hub id") from None
-    kind = "reward model" if "Classification" in auto_class.__name__ else "language model"
-    missing, unexpected = set(info["missing_keys"]) - set(may_miss), set(info["unexpected_keys"])
-    require(
-        not missing and ("score.weight" not in unexpected or may_miss),
-        f"{name!r} is not a {kind}",
-        f"name a {kind}",
-    )
-    return prepare_model(model, name, tokenizer, args)
-
-
-def prepare_model(model, name, tokenizer, args):
-    """Checks that the model can do the work, and moves it to the device, in eval mode: no dropout, ever.
-
-    Weights stay in float32, where small updates are not rounded away; --dtype bfloat16 is autocast.
-    """
-    need = args.prompt_length + args.response_length
-    most = getattr(model.config, "max_position_embeddings", None) or need
-    require(need <= most, f"{name!r} holds {most} tokens, not {need}", "lower --prompt_length")
-    known, size = len(tokenizer), model.get_input_embeddings().num_embeddings
-    require(known <= size, f"{name!r} embeds {size} of {known} tokens", "use its own tokenizer")
-    with torch.no_grad():
-        first = [model.eval().base_model(torch.tensor([[1, x]])).last_hidden_state[0, 0] for x in (2, 3)]
-    require(first[0].isfinite().all(), f"{name!r} has weights that are not finite", "use another model")
-    require(torch.equal(*first), f"{name!r} sees later tokens", "use a decoder-only model")
-    if args.dtype == "bfloat16":
-        autocast = torch.autocast(torch.device(args.device).type, torch.bfloat16)
-        model.forward, model.base_model.forward = autocast(model.forward), autocast(model.base_model.forward)
-    return model.to(args.device)
+def load_model(auto_class, name, tokenizer, args, may_miss=(), **options):
+    """A decoder-only model in float32 and eval mode: no dropout, ever. may_miss: weights made afresh."""
+    with explained(f"cannot use {name!r} as a model", "name a decoder-only one, its folder or hub id"):
+        options |= {"dtype": torch.float32, "output_loading_info": True}
+        model, info = auto_class.from_pretrained(name, **options)
+        model = model.eval().to(args.device)
+        # A probe: the last token is known, and neither padding nor a later token changes what a token gives.
+        ids = torch.tensor([[1, 2, 0, len(tokenizer) - 1], [0, 1, 2, 0]], device=args.device)
+        mask = torch.tensor([[True] * 4, [False, True, True, True]], device=args.device)
+        with torch.no_grad():
+            inputs = model_inputs(ids[:, :2], mask[:, :2], ids[:, 2:], mask[:, 2:])
+            hidden = model.base_model(**inputs, use_cache=False).last_hidden_state  # (2, 4, D)
+        same = (hidden[0, :3] - hidden[1, 1:]).abs().max() <= 1e-3 * hidden.abs().max()
+    require(same, f"{name!r} sees padding or later tokens, or is not finite; use a decoder-only model")
+    whole = set(info["missing_keys"]) <= set(may_miss) and "score.weight" not in info["unexpected_keys"]
+    require(whole, f"{name!r} is not a whole {auto_class.__name__.removeprefix('AutoModelFor')}; name one")
+    need, most = args.prompt_length + args.response_length, model.config.max_position_embeddings
+    require(need <= most, f"{name!r} holds {most} tokens, not {need}; lower --prompt_length")
+    return model
 
 
 def new_reward_model(tokenizer, args):
     """The SFT model with a fresh score head; with --lm_coef also a language model that shares its trunk."""
     options = {"may_miss": ["score.weight"], "num_labels": 1}
     model = load_model(AutoModelForSequenceClassification, args.model, tokenizer, args, **options)
-    require(hasattr(model, "score"), f"{args.model!r} has no score head", "use a decoder-only model")
-    torch.manual_seed(args.seed)
-    torch.nn.init.normal_(model.score.weight, std=(model.score.in_features + 1) ** -0.5)
-    model.config.pad_token_id = tokenizer.pad_token_id  # transformers' own forward finds the last token by it
+    require(hasattr(model, "score"), f"{args.model!r} has no score head; use a decoder-only model")
+    if "Classification" in str(model.config.architectures):
+        print(f"{args.model} is a reward model: its head is trained further")
+    else:
+        torch.manual_seed(args.seed)
+        torch.nn.init.normal_(model.score.weight, std=(model.score.in_features + 1) ** -0.5)
+    # The model's own forward, transformers', reads the token before the pads: EOS must not look like one.
+    distinct = tokenizer.pad_token_id != tokenizer.eos_token_id
+    model.config.pad_token_id = tokenizer.pad_token_id if distinct else None
     if not args.lm_coef:
         return model, None
     language_model = load_model(AutoModelForCausalLM, args.model, tokenizer, args)
@@ -357,121 +236,109 @@ def new_reward_model(tokenizer, args):
     return model, language_model
 
 
-def cost_metrics(tokens, seconds):
-    """Seconds by phase, response tokens per second of them all, peak memory (GPU, else the process)."""
-    peak = torch.cuda.max_memory_allocated() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return seconds | {"tokens_per_second": tokens / sum(seconds.values()), "peak_memory_gb": peak / 1e9}
+# ------------------------------------------------------------------------------------------------ evaluation
+def autocast(args):
+    """--dtype bfloat16: forward passes in bfloat16 over float32 weights, where small updates are not lost."""
+    return torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.dtype == "bfloat16")
 
 
-# ------------------------------------------------- checkpoints and failures (the same bytes in every script)
-ZERO_ALLOWED = """seed eval_every save_every micro_batch_size beta reward_shift missing_eos_penalty margin
-    lm_coef ptx_coef entropy_coef lam value_clip_range critic_warmup_steps""".split()
-DATA_FILES = (".json", ".jsonl", ".gz", ".parquet")
-MAY_CHANGE = ["resume", "overwrite", "steps", "save_every", "device"]
-INPUTS = ["model", "reward_model", "dataset", "eval_dataset", "ptx_dataset"]
-received_signals = []
+def score_pairs(model, rows, tokenizer, args):
+    """Scores of chosen and rejected responses, (B,) each, in one forward pass; and the chosen's tokens."""
+    prompts = [row["prompt_ids"] for row in rows] * 2
+    responses = [row["response_ids"][0] for row in rows] + [row["response_ids"][1] for row in rows]
+    tokens = *pad(prompts, "left", tokenizer, args.device), *pad(responses, "right", tokenizer, args.device)
+    with autocast(args):
+        chosen, rejected = read_score(model, *tokens).chunk(2)
+    return chosen, rejected, [x[: len(rows)] for x in tokens]
 
 
-class RunError(Exception):
-    """An expected failure in one line: what is wrong; what to do. Exit status 2: the input, 1: the run."""
+@torch.no_grad()
+def pair_metrics(step, model, rows, tokenizer, args):
+    """On held-out pairs: eval_loss (nats per pair), eval_accuracy, and calibration."""
+    chosen, rejected = [], []
+    for first in range(0, len(rows), args.micro_batch_size):
+        pair = score_pairs(model, rows[first : first + args.micro_batch_size], tokenizer, args)
+        chosen.append(pair[0])
+        rejected.append(pair[1])
+    chosen, rejected = torch.cat(chosen), torch.cat(rejected)
+    metrics = {"eval_loss": bradley_terry_loss(chosen, rejected).item()}
+    metrics["eval_accuracy"] = (chosen > rejected).float().mean().item()
+    table, metrics["eval_calibration_error"] = calibration(chosen - rejected)
+    tqdm.write(f"step {step}: accuracy {metrics['eval_accuracy']:.3f} on held-out pairs")
+    return metrics | {"eval_calibration": table}
 
-    def __init__(self, wrong, todo, status=2):
-        super().__init__(f"{wrong}; {todo}")
-        self.status = status
+
+# ------------------------------------------------------------------------------- the run folder and failures
+MAY_CHANGE = "steps", "save_every", "device", "resume", "overwrite"  # on --resume
+LOGS = "metrics.jsonl", "samples.jsonl"
+stop_signals = []
 
 
-def require(condition, wrong, todo, status=2):
+def require(condition, message, status=2):
+    """Else ends the run in one line: what is wrong; what to do. Status 2: the input, 1: the run."""
     if not condition:
-        raise RunError(wrong, todo, status)
+        message = "".join(c if c.isprintable() else "?" for c in message)  # no text may drive the terminal
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(status)
 
 
-def first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-
-
-def is_findable(name):
-    """A path that exists, or a name for the hub: owner/name, not a data file nor what a stage writes."""
-    on_hub = re.fullmatch(r"(?!\.|out/|data/)[\w.-]+(/[\w.-]+)?", name) and not name.endswith(DATA_FILES)
-    return Path(name).exists() or bool(on_hub)
+@contextmanager
+def explained(wrong, todo, status=2):
+    """Whatever is raised inside ends the run in one line: each library raises kinds of its own."""
+    try:
+        yield
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        require(False, f"{wrong} ({reason}); {todo}", status)
 
 
 def check_args(args):
-    """Numbers in range, batches that divide, a device that works, a free output folder. Writes nothing."""
+    """Numbers in range, an output folder that is free or holds a run to go on with, and the device."""
     for name, value in vars(args).items():
-        low = 0 if name in ZERO_ALLOWED else 1 if type(value) is int else 1e-12
-        in_range = type(value) not in (int, float) or low <= value <= 1e9
-        require(in_range, f"--{name} {value} is out of range", f"give a number from {low} to 1e9")
-    if hasattr(args, "minibatch_size"):
-        args.micro_batch_size = args.micro_batch_size or args.minibatch_size
-        n, m, k = (getattr(args, x, 0) for x in ("prompts_per_step", "minibatch_size", "micro_batch_size"))
-        require(n % m == 0, f"--minibatch_size {m} does not divide --prompts_per_step {n}", "give a divisor")
-        require(m % k == 0, f"--micro_batch_size {k} does not divide --minibatch_size {m}", "give a divisor")
+        least = 0 if name in MAY_BE_ZERO else 1e-12
+        in_range = isinstance(value, bool) or not isinstance(value, int | float) or least <= value <= 1e9
+        require(in_range, f"--{name} {value} is out of range; give a number from {least} to 1e9")
+    folder, todo = Path(args.output_dir), "choose another --output_dir"
+    is_run, is_used = (folder / "args.json").exists(), folder.is_file() or any(folder.glob("*"))
+    require(is_run or not is_used, f"{folder} holds files but no run; {todo}")
+    require(is_run or not args.resume, f"{folder} holds no run; leave out --resume")
+    unclear = is_run and args.resume == args.overwrite
+    require(not unclear, f"{folder} holds a run; give either --resume or --overwrite, or {todo}")
+    inputs = [Path(value).resolve() for value in (args.model, args.dataset)]
+    require(folder.resolve() not in inputs, f"--output_dir {folder} is an input; {todo}")
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=args.device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        wrong = f"cannot use --device {args.device} ({first_line(error)})"
-        raise RunError(wrong, "give cpu or cuda") from None
-    folder, elsewhere = Path(args.output_dir).resolve(), "choose another --output_dir"
-    parent = next(path for path in (folder, *folder.parents) if path.exists())
-    require(parent.is_dir() and os.access(parent, os.W_OK), f"{parent} cannot be written", elsewhere)
-    inputs = [Path(getattr(args, name, None) or "").resolve() for name in INPUTS]
-    inside = any(folder in (path, *path.parents) for path in inputs)
-    require(not inside, f"--output_dir {folder} holds an input", elsewhere)
-    if not folder.exists() or not any(folder.iterdir()):
-        return
-    require((folder / "args.json").exists(), f"{folder} holds files but no run", elsewhere)
-    require(args.resume or args.overwrite, f"{folder} holds a run", f"--resume, --overwrite or {elsewhere}")
-    require(not (args.resume and args.overwrite), "--resume and --overwrite are opposites", "give one")
-    try:
-        before = json.loads((folder / "args.json").read_text())["args"] if args.resume else vars(args)
-        if args.resume and (folder / "checkpoint.pt").exists():
-            torch.load(folder / "checkpoint.pt", weights_only=True, mmap=True)
-    except Exception as error:  # not JSON, not a checkpoint, not readable
-        wrong = f"cannot read args.json and checkpoint.pt in {folder} ({first_line(error)})"
-        raise RunError(wrong, elsewhere) from None
-    for name in [name for name in vars(args) if name not in MAY_CHANGE]:
-        was, now = before.get(name), getattr(args, name)
-        todo = f"on --resume only {', '.join(MAY_CHANGE[2:])} may change"
-        require(was == now, f"--{name} was {was} and is now {now}", todo)
 
 
 def open_run(args):
-    """Makes the output folder. Returns the last checkpoint, {"step", "models", ...}, or None.
-
-    On --resume the logs are cut back to that checkpoint, so that they end up without gaps or repeats.
-    """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_signal)
-    folder = Path(args.output_dir)
-    for path in folder.glob("*") if args.overwrite else ():  # args.json stays, or this would be no run
-        shutil.rmtree(path) if path.is_dir() else path.name == "args.json" or path.unlink()
-    path, checkpoint = folder / "checkpoint.pt", None
-    if path.exists():
-        try:
+    """Makes the output folder. Returns the checkpoint to --resume from, {"step", "models", ...}, or None."""
+    folder, path, checkpoint = Path(args.output_dir), Path(args.output_dir, "checkpoint.pt"), None
+    if args.resume and path.exists():
+        with explained(f"cannot read {path}", "start again with --overwrite"):
             checkpoint = torch.load(path, map_location=args.device, weights_only=True)
-        except Exception as error:  # torch raises many kinds
-            raise RunError(f"cannot read {path} ({first_line(error)})", "give --overwrite") from None
+        for name, was in checkpoint["args"].items():
+            now, todo = getattr(args, name, None), f"on --resume only {', '.join(MAY_CHANGE)} may change"
+            require(was == now or name in MAY_CHANGE, f"--{name} was {was} and is now {now}; {todo}")
         done = checkpoint["step"]
-        require(done <= args.steps, f"{folder} has done {done} steps of {args.steps}", "raise --steps")
-    folder.mkdir(parents=True, exist_ok=True)
-    git = ["git", "-C", str(Path(__file__).absolute().parent), "rev-parse", "HEAD"]
-    commit = shutil.which("git") and subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    versions = {name: version(name) for name in ("torch", "transformers", "datasets")}
-    record = {"args": vars(args), "versions": versions, "git_commit": commit or None}
-    new = Path(f"{folder}.args.json")  # beside the folder, which is empty or holds a whole args.json
-    new.write_text(json.dumps(record, indent=2))
-    os.replace(new, folder / "args.json")
-    for log in folder.glob("*.jsonl"):
-        os.truncate(log, checkpoint["log_sizes"].get(log.name, 0) if checkpoint else 0)
+        require(done <= args.steps, f"{folder} has done {done} steps of {args.steps}; raise --steps")
+    sizes = checkpoint["log_sizes"] if checkpoint else {}
+    with explained(f"cannot write to {folder}", "choose another --output_dir"):
+        folder.mkdir(parents=True, exist_ok=True)
+        if args.overwrite:
+            path.unlink(missing_ok=True)
+        (folder / "args.json").write_text(json.dumps({"args": vars(args)}, indent=2))
+        for log in [folder / name for name in LOGS if (folder / name).exists()]:
+            os.truncate(log, sizes.get(log.name, 0))  # back to the checkpoint: neither gaps nor repeats
+    signal.signal(signal.SIGINT, on_signal)
+    signal.signal(signal.SIGTERM, on_signal)
     return checkpoint
 
 
 def on_signal(number, frame):
-    """Lets the step finish and save; the same signal again ends at once."""
-    received_signals.append(number)
+    """Lets the step finish and save, and says so at once; the same signal again ends at once."""
+    stop_signals.append(number)
     signal.signal(number, signal.SIG_DFL)
+    print("stopping after this step, which will be saved", file=sys.stderr, flush=True)
 
 
 def append_jsonl(args, name, row):
@@ -479,177 +346,118 @@ def append_jsonl(args, name, row):
         file.write(json.dumps(row) + "\n")
 
 
-def save_checkpoint(args, step, models, tokenizer, state):
-    """Writes checkpoint.pt, all that --resume needs, beside and moves it into place; then exports the models.
-
-    models: {subfolder: model}, "" for the main one. state: what else the script needs, tensors and values.
-    """
-    path, new = Path(args.output_dir, "checkpoint.pt"), Path(args.output_dir, "checkpoint.pt.new")
-    finite = all(p.isfinite().all() for model in models.values() for p in model.parameters())
-    if not finite:
-        raise RunError(f"weights are not finite after step {step}", last_checkpoint(args), 1)
-    state = state | {"step": step, "models": {name: model.state_dict() for name, model in models.items()}}
-    state["log_sizes"] = {log.name: log.stat().st_size for log in path.parent.glob("*.jsonl")}
-    try:
-        torch.save(state, new)
-        os.replace(new, path)
-        export_models(args, models, tokenizer)
-    except Exception as error:  # a full disk shows as OSError, RuntimeError or SafetensorError
-        new.unlink(missing_ok=True)
-        todo = f"make room and --resume; {last_checkpoint(args)}"
-        raise RunError(f"cannot save step {step} ({first_line(error)})", todo, 1) from None
-
-
-def export_models(args, models, tokenizer):
-    """Ordinary save_pretrained folders, written beside and moved into place file by file."""
-    new = Path(args.output_dir, "new")
-    for name, model in models.items():
-        model.save_pretrained(new / name)
-        tokenizer.save_pretrained(new / name)
-        Path(args.output_dir, name).mkdir(exist_ok=True)
-    for path in [path for path in new.rglob("*") if path.is_file()]:
-        os.replace(path, Path(args.output_dir, path.relative_to(new)))
-    shutil.rmtree(new)
-
-
-def last_checkpoint(args):
-    path = Path(args.output_dir, "checkpoint.pt")
-    step = torch.load(path, weights_only=True)["step"] if path.exists() else None
-    return f"the last good checkpoint is step {step} in {path}" if step else "there is no checkpoint yet"
-
-
-def require_finite(args, step, **values):
+def require_finite(metrics, step, args):
     """Stops the run before a bad gradient reaches the weights."""
-    for name, value in values.items():
-        if not math.isfinite(value):
-            todo = f"lower --learning_rate in a new run; {last_checkpoint(args)}"
-            raise RunError(f"{name} is {value} at step {step}", todo, 1)
+    found = f"loss {metrics['loss']}, gradient norm {metrics['grad_norm']} at step {step}"
+    todo = f"lower --learning_rate in a new run; the last good checkpoint is in {args.output_dir}"
+    require(math.isfinite(metrics["loss"] + metrics["grad_norm"]), f"{found}; {todo}", 1)
 
 
 def end_step(args, step, metrics, models, tokenizer, state):
-    """Logs a finished step; saves when due, after the last, or when a signal asks to stop, and then exits."""
-    require_finite(args, step, **{name: x for name, x in metrics.items() if isinstance(x, float)})
+    """Logs a finished step; saves when due, after the last, or when a signal asks to stop, and then exits.
+
+    models: {subfolder: model}, "" for the main one. state: what else --resume needs, tensors and values.
+    """
     append_jsonl(args, "metrics.jsonl", {"step": step} | metrics)
-    stop = list(received_signals)  # once: a signal that comes after this line waits for the next step
+    stop = list(stop_signals)  # once: a signal that comes after this line waits for the next step
     if stop or step == args.steps or (args.save_every and step % args.save_every == 0):
-        save_checkpoint(args, step, models, tokenizer, state)
+        folder, new = Path(args.output_dir), Path(args.output_dir, "checkpoint.pt.new")
+        state = state | {"step": step, "metrics": metrics, "args": vars(args)}
+        state["models"] = {name: model.state_dict() for name, model in models.items()}
+        logs = [folder / name for name in LOGS if (folder / name).exists()]
+        state["log_sizes"] = {log.name: log.stat().st_size for log in logs}
+        with explained(f"cannot save step {step}", "make room and --resume: the last checkpoint is whole", 1):
+            for name, model in models.items():
+                model.save_pretrained(folder / name)
+                tokenizer.save_pretrained(folder / name)
+            torch.save(state, new)
+            os.replace(new, folder / "checkpoint.pt")  # last, so that where it is, the rest is whole
     if stop:
         print(f"stopped after step {step} of {args.steps} and saved; go on with --resume", file=sys.stderr)
         sys.exit(128 + stop[0])
 
 
 def guard(main, args_class):
-    """Parses the command line and runs main(args). Expected failures become one line and an exit status."""
+    """Command line -> main(args). An expected failure becomes one line and an exit status, no traceback."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(60)  # above CRITICAL: what it reports as errors, we raise
-    parser = HfArgumentParser(args_class, allow_abbrev=False)
-    parser.error = lambda message: require(False, message, "see --help")
-    parse = {"look_for_args_file": False, "return_remaining_strings": True}
+    with explained("cannot read the command line", "see --help"):
+        parser = transformers.HfArgumentParser(args_class, allow_abbrev=False, exit_on_error=False)
+        (args,) = parser.parse_args_into_dataclasses(look_for_args_file=False)
     try:
-        args, unknown = parser.parse_args_into_dataclasses(**parse)
-        require(not unknown, f"unknown argument {' '.join(unknown)}", "see --help")
-        return main(args)
-    except RunError as error:
-        message, status = error, error.status
+        main(args)
     except torch.OutOfMemoryError:
-        message, status = "out of memory; lower --micro_batch_size or lengths, or use --dtype bfloat16", 1
-    except (OSError, SafetensorError) as error:
-        message, status = f"{first_line(error)}; make room or mend the permissions, and go on", 1
+        require(False, "out of memory; lower --micro_batch_size or lengths, or use --dtype bfloat16", 1)
+    except OSError as error:
+        require(False, f"{error}; mend that, and go on with --resume", 1)
     except KeyboardInterrupt:
-        message, status = "interrupted; what was saved is kept", 130
-    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in f"error: {message}")
-    print(line, file=sys.stderr)
-    sys.exit(status)
+        require(False, "interrupted; what was saved is kept", 130)
 
 
 # ------------------------------------------------------------------------------------------------------ main
-def lr_share(step, steps):
-    """Share of --learning_rate at step 1, 2, ...: rises over the first tenth of the steps, then falls to 0.
-
-    Without the rise the toy's SFT model hardly learns to copy what the prompt asks for.
-    """
-    return min(step / (0.1 * steps), (1 - (step - 1) / steps) / 0.9)
-
-
-def score_pairs(model, examples, pad_id, args):
-    """Scores of chosen and rejected responses, (B,) each, in one forward pass; and the chosen batch."""
-    prompts = [e["prompt_ids"] for e in examples] * 2
-    responses = [e["response_ids"][side] for side in (0, 1) for e in examples]
-    batch = *pad(prompts, "left", pad_id, args.device), *pad(responses, "right", pad_id, args.device)
-    chosen, rejected = read_score(model, *batch).chunk(2)
-    return chosen, rejected, [x[: len(examples)] for x in batch]
-
-
-@torch.no_grad()
-def pair_metrics(model, examples, pad_id, args):
-    """On held-out pairs: eval_loss (nats per pair), eval_accuracy, and calibration."""
-    size = args.micro_batch_size
-    pairs = [score_pairs(model, examples[i : i + size], pad_id, args) for i in range(0, len(examples), size)]
-    chosen, rejected = (torch.cat([pair[side] for pair in pairs]) for side in (0, 1))
-    table, error = calibration(chosen - rejected)
-    metrics = {"eval_loss": bradley_terry_loss(chosen, rejected).item()}
-    metrics["eval_accuracy"] = (chosen > rejected).float().mean().item()
-    return metrics | {"eval_calibration_error": error, "eval_calibration": table}
-
-
-def update_model(model, language_model, optimizer, rows, pad_id, step, args):
-    """One optimizer step on the pairs `rows`; micro-batches add up to the gradient of the whole minibatch."""
-    metrics = {"loss": 0.0, "accuracy": 0.0}
+def update_on_scores(model, language_model, optimizer, rows, step, tokenizer, args):
+    """An optimizer step on pairs; micro-batches add up to the gradient of the whole minibatch."""
+    start, metrics = time.perf_counter(), {"loss": 0.0, "accuracy": 0.0}
+    chosen_tokens = sum(len(row["response_ids"][0]) for row in rows)
     for first in range(0, len(rows), args.micro_batch_size):
         micro = rows[first : first + args.micro_batch_size]
-        chosen, rejected, batch = score_pairs(model, micro, pad_id, args)
+        chosen, rejected, tokens = score_pairs(model, micro, tokenizer, args)
         loss = bradley_terry_loss(chosen, rejected, args.margin) * len(micro) / len(rows)
         if language_model:
-            tokens = sum(len(row["response_ids"][0]) for row in rows)
-            loss = loss - args.lm_coef * response_logps(language_model, *batch).sum() / tokens
+            with autocast(args):
+                logps = response_logps(language_model, *tokens)  # (b, R)
+            loss = loss - args.lm_coef * logps.sum() / chosen_tokens
         loss.backward()
         metrics["loss"] += loss.item()
         metrics["accuracy"] += (chosen > rejected).sum().item() / len(rows)
     metrics["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm).item()
-    require_finite(args, step, loss=metrics["loss"], grad_norm=metrics["grad_norm"])
+    require_finite(metrics, step, args)
     optimizer.param_groups[0]["lr"] = args.learning_rate * lr_share(step, args.steps)
     optimizer.step()
     optimizer.zero_grad()
-    return metrics
+    seconds = time.perf_counter() - start
+    all_tokens = chosen_tokens + sum(len(row["response_ids"][1]) for row in rows)
+    return metrics | {"seconds_update": seconds, "tokens_per_second": all_tokens / seconds}
 
 
 def main(args):
     check_args(args)
+    args.micro_batch_size = args.micro_batch_size or args.minibatch_size
     tokenizer = load_tokenizer(args.model)
-    train, _ = read_examples(args.dataset, ["train"], 2, tokenizer, args)
-    held_out, _ = read_examples(args.dataset, ["validation", "test"], 2, tokenizer, args, args.eval_rows)
+    columns, held_out_splits = ["chosen", "rejected"], ["validation", "test"]
+    train = read_rows(args.dataset, ["train"], columns, tokenizer, args)
+    held_out = read_rows(args.dataset, held_out_splits, columns, tokenizer, args, args.eval_rows)
     args.steps = args.steps or math.ceil(args.epochs * len(train) / args.minibatch_size)
-    (model, language_model), pad_id = new_reward_model(tokenizer, args), tokenizer.pad_token_id
+    model, language_model = new_reward_model(tokenizer, args)
     optimizer = torch.optim.AdamW(model.parameters(), args.learning_rate, weight_decay=0.0)
-    checkpoint, start = open_run(args), time.perf_counter()
-    done = checkpoint["step"] if checkpoint else 0
+    checkpoint, start, done = open_run(args), time.perf_counter(), 0
     if checkpoint:
+        done, metrics = checkpoint["step"], checkpoint["metrics"]
         model.load_state_dict(checkpoint["models"][""])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        export_models(args, {"": model}, tokenizer)  # in case the run was killed while it did so
     else:
-        append_jsonl(args, "metrics.jsonl", {"step": 0} | pair_metrics(model, held_out, pad_id, args))
+        metrics = pair_metrics(0, model, held_out, tokenizer, args)
+        append_jsonl(args, "metrics.jsonl", {"step": 0} | metrics)
 
-    for step in tqdm(range(done + 1, args.steps + 1), "reward_model", args.steps, initial=done, disable=None):
-        clock = time.perf_counter()
+    bar = tqdm(range(done + 1, args.steps + 1), "reward_model", args.steps, initial=done, disable=None)
+    for step in bar:
+        # 1. Descend the Bradley-Terry loss of a minibatch of pairs.
         rows = [train[row] for row in data_order(len(train), args.minibatch_size, step, args.seed)]
-        metrics = update_model(model, language_model, optimizer, rows, pad_id, step, args)
-        tokens = sum(len(response) for row in rows for response in row["response_ids"])
-        metrics |= cost_metrics(tokens, {"seconds_update": time.perf_counter() - clock})
+        metrics = update_on_scores(model, language_model, optimizer, rows, step, tokenizer, args)
+        # 2. Log, evaluate, save.
+        bar.set_postfix(loss=f"{metrics['loss']:.3f}", accuracy=f"{metrics['accuracy']:.2f}")
         if step == args.steps or (args.eval_every and step % args.eval_every == 0):
-            metrics |= pair_metrics(model, held_out, pad_id, args)
+            metrics |= pair_metrics(step, model, held_out, tokenizer, args)
         end_step(args, step, metrics, {"": model}, tokenizer, {"optimizer": optimizer.state_dict()})
-    last = json.loads(Path(args.output_dir, "metrics.jsonl").read_text().splitlines()[-1])
     print("held-out pairs by the model's confidence: predicted rate, actual rate, pairs")
-    for predicted, actual, pairs in last["eval_calibration"]:
+    for predicted, actual, pairs in metrics["eval_calibration"]:
         print(f"  {predicted:.3f}  {actual:.3f}  {pairs:5d}")
-    accuracy, error = last["eval_accuracy"], last["eval_calibration_error"]
+    accuracy, error = metrics["eval_accuracy"], metrics["eval_calibration_error"]
     reached = f"accuracy {accuracy:.3f}, calibration error {error:.3f} on {len(held_out)} held-out pairs"
-    print(
-        f"{args.output_dir}: {reached}; {args.steps} steps, {(time.perf_counter() - start) / 60:.1f} minutes"
-    )
+    minutes = (time.perf_counter() - start) / 60
+    print(f"{args.output_dir}: {reached}; {args.steps} steps, {minutes:.1f} minutes")
 
 
 if __name__ == "__main__":

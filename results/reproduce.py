@@ -37,6 +37,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dpo
 import evaluate
+import frontier as theory
 import p3o
 import ppo
 from toy import gold_reward
@@ -94,7 +95,7 @@ def interpolate(points, kl):
     if len(x) < 2:
         return [None] * len(kl)
     curve = (torch.tensor(v, dtype=torch.float64).expand(len(kl), -1) for v in (x, y))
-    gains = evaluate.optimal_reward(torch.tensor(kl, dtype=torch.float64), *curve).tolist()
+    gains = theory.optimal_reward(torch.tensor(kl, dtype=torch.float64), *curve).tolist()
     return [gain if math.isfinite(gain) else None for gain in gains]
 
 
@@ -191,9 +192,9 @@ def prepare(args):
         if not Path(folder, done).exists() and call(script, {}, folder) is None:
             raise SystemExit(f"{script} failed")
     if not read_log(args, "sft"):
-        samples = answer("sft")
-        spread = float(f"{samples['score'].std(1).mean().item():.2g}")
-        write_log(args, "sft", origin() | {"reward_spread": spread} | measures(samples))
+        rows = answer("sft")
+        spread = float(f"{column(rows, 'reward').std(1).mean().item():.2g}")
+        write_log(args, "sft", origin() | {"reward_spread": spread} | measures(rows))
 
 
 def train(runs, args, models=False):
@@ -245,32 +246,40 @@ def origin():
 
 @functools.cache
 def bench(responses):
-    """What every policy is measured with: evaluate.py's arguments, tokenizer, models, prompts, EOS."""
-    settings = {name: getattr(p3o.Args(), name) for name in evaluate.SETTINGS}
+    """What every policy is measured with: evaluate.py's arguments, tokenizer, reference, reward, prompts."""
+    settings = {name: getattr(p3o.Args(), name) for name in evaluate.SHARED}
     settings |= {"num_prompts": PROMPTS, "samples_per_prompt": responses, "device": "cpu", "seed": 12345}
-    args, name = evaluate.Args(**settings), p3o.Args().model
-    tokenizer = evaluate.load_tokenizer(name)
-    reference = evaluate.load_model(AutoModelForCausalLM, name, tokenizer, args).requires_grad_(False)
-    scorer = evaluate.load_reward_model(args.reward_model, tokenizer, args)
-    examples, eos_id = evaluate.read_examples(args.dataset, ["test"], 0, tokenizer, args, PROMPTS)
-    return args, tokenizer, (reference, *scorer), examples, eos_id
+    args = evaluate.Args(**settings)
+    args.model = p3o.Args().model
+    tokenizer = evaluate.load_tokenizer(args.model)
+    reference = evaluate.load_model(AutoModelForCausalLM, args.model, tokenizer, args)
+    prompts = evaluate.read_prompts(args.dataset, ["test"], tokenizer, args, PROMPTS)
+    return args, tokenizer, reference, evaluate.load_reward(tokenizer, args), prompts
+
+
+def load_run(name, tokenizer, args):
+    return evaluate.load_model(AutoModelForCausalLM, str(RUNS / name), tokenizer, args)
 
 
 def answer(name, responses=RESPONSES):
-    """The responses of a run, or of "sft", as evaluate.answer gives them: tensors (P, S)."""
+    """The responses of a run, or of "sft": rows of evaluate.py's answers.jsonl."""
     torch.set_num_threads(1)  # of this thread
-    args, tokenizer, models, examples, eos_id = bench(responses)
-    policy = models[0]
-    if name != "sft":
-        policy = evaluate.load_model(AutoModelForCausalLM, str(RUNS / name), tokenizer, args)
-    return evaluate.answer(name, (policy, *models), examples, eos_id, gold_reward, tokenizer, args)
+    args, tokenizer, reference, reward, prompts = bench(responses)
+    policy = reference if name == "sft" else load_run(name, tokenizer, args)
+    return evaluate.answer(name, (policy, reference, reward), prompts, gold_reward, tokenizer, args)
 
 
-def measures(samples):
+def column(rows, name):
+    """A field of the rows of a policy: (P, S), float64."""
+    return torch.tensor([row[name] for row in rows], dtype=torch.float64).view(PROMPTS, -1)
+
+
+def measures(rows):
     """What a log keeps of a policy's responses: means by prompt, and the gold reward of each response."""
-    names = {"reward": "score", "gold": "gold", "kl": "kl_exact", "length": "length", "eos": "ended"}
-    means = {name: [round(x, 4) for x in samples[of].mean(1).tolist()] for name, of in names.items()}
-    return {"prompts": means, "gold": [[round(x, 2) for x in row] for row in samples["gold"].tolist()]}
+    names = {"reward": "reward", "gold": "gold_reward", "kl": "kl_exact", "length": "length", "eos": "ended"}
+    means = {name: [round(x, 4) for x in column(rows, of).mean(1).tolist()] for name, of in names.items()}
+    gold = column(rows, "gold_reward").tolist()
+    return {"prompts": means, "gold": [[round(x, 2) for x in row] for row in gold]}
 
 
 def read_curve(folder):
@@ -297,10 +306,8 @@ def read_curve(folder):
 def measure(run):
     """The log of a trained run."""
     folder = RUNS / run["name"]
-    recorded = json.loads((folder / "args.json").read_text())
     curve, minutes = read_curve(folder)
-    log = origin() | {name: recorded[name] for name in ("git_commit", "versions")}
-    log |= {"flags": run["flags"], "minutes": minutes, "curve": curve}
+    log = origin() | {"flags": run["flags"], "minutes": minutes, "curve": curve}
     log["sha256"] = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     return log | measures(answer(run["name"]))
 
@@ -311,13 +318,20 @@ def estimate_optimum(args):
         return
     runs = [make_run(m, beta, 0, args.steps) for m in ("p3o-v2", "ppo") for beta in args.betas]
     train(runs, args, models=True)
-    folders = {run["name"]: str(RUNS / run["name"]) for run in runs if read_log(args, run["name"])}
-    policies = {name: answer(name, POOLED) for name in ("sft", *folders)}
-    setting, tokenizer, _, examples, _ = bench(POOLED)
-    pool = evaluate.pool_samples(policies, folders, examples, tokenizer, setting)
-    curve, _ = evaluate.draw_frontier(pool, policies["sft"])
+    setting, tokenizer, _, _, prompts = bench(POOLED)
+    names = [run["name"] for run in runs if read_log(args, run["name"])]
+    rows = {name: answer(name, POOLED) for name in ("sft", *names)}
+    for name in names:
+        policy = load_run(name, tokenizer, setting)
+        evaluate.add_logps(name, policy, prompts, sum(rows.values(), []), tokenizer, setting)
+    reward, gold = (torch.cat([column(r, x) for r in rows.values()], 1) for x in ("reward", "gold_reward"))
+    logps = []
+    for own in rows.values():
+        logp = torch.tensor([[row["logp"][name] for name in rows] for row in own], dtype=torch.float64)
+        logps.append(logp.view(PROMPTS, -1, len(rows)))
+    curve, _ = theory.draw_optimum(reward, torch.cat(logps, 1), gold)
     points = {name: [point[name] for point in curve] for name in ("kl", "reward", "gold_reward", "ess")}
-    write_log(args, "optimum", origin() | {"policies": list(policies), "responses": POOLED} | points)
+    write_log(args, "optimum", origin() | {"policies": list(rows), "responses": POOLED} | points)
 
 
 def gradients(policy, critic, batch, args):
@@ -326,8 +340,7 @@ def gradients(policy, critic, batch, args):
     PPO's is a mean over tokens; times the tokens per response it is in the units of the others.
     """
     mask, K = batch["response_mask"], args.num_responses
-    inputs = [batch[x] for x in ("prompt_ids", "prompt_mask", "response_ids", "response_mask")]
-    new = p3o.response_logps(policy, *inputs, args.temperature)  # (B * K, R)
+    new = p3o.response_logps(policy, *(batch[x] for x in p3o.TOKENS), args.temperature)  # (B * K, R)
     seq, old, ref = (x.sum(1).view(-1, K) for x in (new, batch["logp_old_tok"], batch["logp_ref_tok"]))
     reward = p3o.trajectory_reward(batch["score"].view(-1, K), old, ref, args.beta)
     others = (reward.sum(1, keepdim=True) - reward) / (K - 1)
@@ -353,9 +366,9 @@ def measure_variance(args):
     if read_log(args, "variance"):
         return
     train(runs, args, models=True)
-    _, tokenizer, models, _, _ = bench(RESPONSES)
+    _, tokenizer, reference, reward, _ = bench(RESPONSES)
     setting = dataclasses.replace(ppo.Args(), device="cpu", beta=BETA, micro_batch_size=64)
-    prompts, eos_id = p3o.read_examples(setting.dataset, ["train"], 0, tokenizer, setting)
+    prompts = p3o.read_prompts(setting.dataset, ["train"], tokenizer, setting)
     trained, critic = (str(RUNS / run["name"]) for run in runs)
     table, batches = {}, args.batches
     for label, policy_folder, critic_folder in (
@@ -369,7 +382,8 @@ def measure_variance(args):
             torch.manual_seed(10**9 + step)
             rows = p3o.data_order(len(prompts), setting.prompts_per_step, step, 10**3)
             examples, K = [prompts[row] for row in rows], setting.num_responses
-            batch, _ = p3o.rollout((policy, *models), examples, K, eos_id, tokenizer, setting)
+            batch = p3o.sample_batch(policy, examples, K, tokenizer, setting)
+            batch = p3o.score_batch(batch, (policy, reference, reward), 64 * K, setting)
             for name, x in gradients(policy, values, batch, setting).items():
                 sums = total.setdefault(name, [torch.zeros_like(x), torch.zeros_like(x)])
                 sums[0] += x
@@ -560,7 +574,7 @@ def head_to_head(logs):
         for a, b in ((a, b) for a in runs for b in runs if a != b and set(runs[a]) & set(runs[b])):
             seeds = sorted(set(runs[a]) & set(runs[b]))
             scores = [torch.tensor([runs[m][s]["log"]["gold"] for s in seeds]).flatten() for m in (a, b)]
-            rates = [f"{100 * x:.1f}" for x in evaluate.win_rate(*scores)]
+            rates = [f"{100 * x:.1f}" for x in theory.win_rate(*scores)]
             row = {"method": a, "against": b, "seeds": len(seeds)}
             row |= dict(zip(("wins %", "wins %_low", "wins %_high"), rates))
             kls = (statistics.fmean(runs[m][s]["kl"] for s in seeds) for m in (a, b))
@@ -632,7 +646,7 @@ def markdown(rows):
     for row in rows:
         ends = {name: [text(row.get(f"{name}_{x}")) for x in ("low", "high")] for name in heads}
         lines.append([text(row[x]) + (f" [{', '.join(ends[x])}]" if all(ends[x]) else "") for x in heads])
-    return evaluate.markdown_table(lines)
+    return theory.markdown_table(lines)
 
 
 def write_report(experiment, args):
@@ -695,49 +709,48 @@ def bars(axis, row, x, y):
 
 
 def draw_optimum(axis, logs, right, of):
-    """The optimum's curve up to KL `right`; its end as a label."""
+    """The optimum's curve up to KL `right`."""
     kls = [kl for kl in (logs.optimum or {"kl": []})["kl"] if kl <= right]
-    gains = logs.best(kls, of)
-    axis.plot(kls, gains, color="black", lw=2.4)
-    return [(kls[-1], gains[-1], "optimum", "black")] if kls else []
+    axis.plot(kls, logs.best(kls, of), color="black", lw=2.4, label="optimum")
 
 
 def draw_frontiers(logs, rows):
     """Reward and gold reward against KL: each method's means over seeds, one point for a beta."""
-    figure, axes = panels(2, 5.6, 4.6)
+    figure, axes = panels(2, 5.0, 4.4)
     right = 1.1 * max([row["kl_high"] or row["kl"] for row in rows], default=1.0)
     for axis, of, gain in zip(axes, ("reward", "gold_reward"), ("gain", "gold_gain")):
-        labels = draw_optimum(axis, logs, right, of)
+        draw_optimum(axis, logs, right, of)
         for method in dict.fromkeys(row["method"] for row in rows):
             own = sorted((row for row in rows if row["method"] == method), key=lambda row: row["kl"])
             path = zip((0, 0), *((row["kl"], row[gain]) for row in own))
-            axis.plot(*path, color=color(method), lw=1.2, alpha=0.6)
+            axis.plot(*path, color=color(method), lw=1.2, label=method)
             for row in own:
                 bars(axis, row, "kl", gain)
-            labels.append((own[-1]["kl"], own[-1][gain], method, color(method)))
-        finish(axis, labels, right, "reward model" if of == "reward" else "gold reward")
+        finish(axis, right, "reward model" if of == "reward" else "gold reward")
     return figure
 
 
 def draw_curves(logs, curves):
     """Proxy and gold gain against KL along training."""
-    figure, axes = panels(2, 5.6, 4.6)
+    figure, axes = panels(2, 5.0, 4.4)
     right = 1.1 * max([point[0] for curve in curves.values() for point in curve], default=1.0) or 1.0
-    for column, (axis, of) in enumerate(zip(axes, ("reward", "gold_reward")), 1):
-        labels = draw_optimum(axis, logs, right, of)
+    for place, (axis, of) in enumerate(zip(axes, ("reward", "gold_reward")), 1):
+        draw_optimum(axis, logs, right, of)
         for method, curve in curves.items():
-            x, y = [point[0] for point in curve], [point[column] for point in curve]
-            axis.plot(x, y, color=color(method), marker=".", lw=1.5)
-            labels.append((x[-1], y[-1], method, color(method)))
-        finish(axis, labels, right, "reward model (proxy)" if of == "reward" else "gold reward")
+            x, y = [point[0] for point in curve], [point[place] for point in curve]
+            axis.plot(x, y, color=color(method), marker=".", lw=1.5, label=method)
+        finish(axis, right, "reward model (proxy)" if of == "reward" else "gold reward")
     return figure
 
 
-def finish(axis, labels, right, title):
-    evaluate.finish_panel(axis, labels, right)
+def finish(axis, right, title):
+    """The KL axis on a square-root scale, on which the optimum starts out as a straight line."""
+    axis.set_xscale("function", functions=(lambda x: abs(x) ** 0.5, lambda x: x**2))
+    axis.set_xlim(0, right)
     axis.set_title(title, loc="left", fontsize=11.5)
     axis.set_xlabel("KL to the SFT model, nats (square-root scale)")
     axis.set_ylabel("gain over the SFT model")
+    axis.legend(fontsize=9)
 
 
 def draw_lines(rows, x, titles, label, bottom=-math.inf):
@@ -745,28 +758,17 @@ def draw_lines(rows, x, titles, label, bottom=-math.inf):
     figure, axes = panels(len(titles))
     ticks = sorted({row[x] for row in rows}, key=float)
     for axis, (value, title) in zip(axes, titles.items()):
-        ends = []
         for method in dict.fromkeys(row["method"] for row in rows):
             own = [row for row in rows if row["method"] == method and row[value] is not None]
             own = sorted((row | {"place": ticks.index(row[x])} for row in own), key=lambda row: row["place"])
-            axis.plot([r["place"] for r in own], [r[value] for r in own], color=color(method), lw=1.4)
+            axis.plot([r["place"] for r in own], [r[value] for r in own], color=color(method), label=method)
             for row in own:
                 bars(axis, row, "place", value)
-            ends += [(row["place"], row[value], method) for row in own if row[value] >= bottom][-1:]
-        low, high = axis.set_ylim(bottom=bottom if bottom > -math.inf else None)
-        gap = (high - low) / 14
-        heights = evaluate.spread_labels([end[1] for end in ends], gap)
-        order = sorted(range(len(ends)), key=heights.__getitem__)
-        for rank, i in enumerate(order):  # beside the panel, not above or below it
-            height = min(max(heights[i], low + rank * gap), high - (len(ends) - 1 - rank) * gap)
-            place = {"xytext": (len(ticks) - 0.65, height), "va": "center", "annotation_clip": False}
-            line = {"arrowstyle": "-", "color": color(ends[i][2]), "lw": 0.7, "alpha": 0.6, "shrinkB": 5}
-            axis.annotate(
-                ends[i][2], ends[i][:2], **place, color=color(ends[i][2]), fontsize=9.5, arrowprops=line
-            )
+        axis.set_ylim(bottom=bottom if bottom > -math.inf else None)
         axis.set_xticks(range(len(ticks)), [str(tick) for tick in ticks])
         axis.set_title(title, loc="left", fontsize=11.5)
         axis.set_xlabel(label)
+    axes[0].legend(fontsize=9)
     return figure
 
 

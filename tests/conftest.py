@@ -4,6 +4,7 @@ import runpy
 import subprocess
 import sys
 import tempfile
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -20,10 +21,16 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 
-LIBRARIES = ["conftest", "p3o", "transformers.models.gpt2.modeling_gpt2", "matplotlib.figure"]
-# A process that has imported them is forked for every script, which so starts at once.
+# A process that has imported preloaded.py is forked for every script, which so starts at once.
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(LIBRARIES)
+context.set_forkserver_preload(["preloaded"])
+
+
+def pytest_sessionstart():
+    """The server starts to import while pytest still collects the tests."""
+    with pytest.MonkeyPatch.context() as patch:  # it does not know our sys.path
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
+        forkserver.ensure_running()
 
 
 def child(script, argv, cwd, log):
@@ -76,17 +83,42 @@ def byte_tokenizer(reverse=False, chat_template=None, add_bos=False, **special):
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=chat_template, **special)
 
 
+def word_tokenizer(size, eos=1, pad=1):
+    """A tokenizer of the words w0, w1, ...; the numbers of those that end a text and that fill up are to be chosen."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(size)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=f"w{eos}", pad_token=f"w{pad}")
+
+
 @pytest.fixture(scope="session")
 def chain(tmp_path_factory):
     """A working directory with data/toy, and out/sft and out/reward_model after a few steps; read only.
 
     Default paths are relative: run scripts with it as working directory and an --output_dir of your own.
+    The data are the first rows of what toy.py writes, as many as the few steps take.
     """
+    import toy
+
     folder = tmp_path_factory.mktemp("chain")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(toy, "ROWS", toy.ROWS | {"sft": (1920, 64, 64), "preferences": (640, 64, 64)})
+        toy.build(folder / "data/toy", 0)
     for script, *args in (
-        ("toy.py",),
         ("sft.py", "--steps", 60, "--eval_rows", 64),
-        ("reward_model.py", "--steps", 40, "--learning_rate", 3e-3, "--eval_rows", 64),
+        (
+            "reward_model.py",
+            "--steps",
+            40,
+            "--learning_rate",
+            3e-3,
+            "--minibatch_size",
+            16,
+            "--eval_rows",
+            64,
+        ),
     ):
         done = run_script(script, *args, cwd=folder)
         assert done.returncode == 0, f"{script}: {done.stdout}{done.stderr}"

@@ -1,33 +1,59 @@
-"""What the scripts read from data sets: every accepted format and file, exact ids, what becomes of the rest.
+"""data.py: from every format and file that users have to the exact texts that a model is to see, and what becomes of the rest.
 
-Tokens are bytes (tests/conftest.py), so that expected ids can be written down from the text. Every script has
-the same loaders, byte for byte (test_copies.py); here p3o.py's are tested.
+Tokens are bytes (tests/conftest.py). Most tests call data.py's own command line within this process.
 """
 
 import gzip
 import json
 import random
-import re
-import unicodedata
+import sys
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
+import pyarrow
+import pyarrow.parquet
 import pytest
 from conftest import CHATML, ROOT, byte_tokenizer
+from tokenizers.processors import TemplateProcessing
 from transformers import GPT2Tokenizer
 
-import p3o
+import data
 
 SHARED = ROOT.parent / "shared" / "data"
-ROOMY = SimpleNamespace(prompt_length=10**6, response_length=10**6)
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
-PLAIN = byte_tokenizer(**SPECIAL)
-CHAT = byte_tokenizer(chat_template=CHATML, **SPECIAL)
-IM_END = CHAT.convert_tokens_to_ids("<|im_end|>")
+SPLITS = ["train", "validation", "test"]
 
 
 # ---------------------------------------------------------------------------------------------------- helpers
+@pytest.fixture(scope="session")
+def models(tmp_path_factory):
+    """{name: folder of a tokenizer}: without habits; that puts BOS in front, and EOS behind; with ChatML."""
+    both = byte_tokenizer(add_bos=True, **SPECIAL)
+    ends = [(text, both.convert_tokens_to_ids(text)) for text in ("<s>", "</s>")]
+    both.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A </s>", special_tokens=ends)
+    assert both("x")["input_ids"][-1] == both.eos_token_id, "puts EOS behind a text"
+    tokenizers = {
+        "plain": byte_tokenizer(**SPECIAL),
+        "bos": byte_tokenizer(add_bos=True, **SPECIAL),
+        "bos_eos": both,
+        "no_bos": byte_tokenizer(eos_token="</s>"),
+        "no_eos": byte_tokenizer(bos_token="<s>"),
+        "chat": byte_tokenizer(chat_template=CHATML, **SPECIAL),
+        "chat_bos": byte_tokenizer(chat_template=CHATML, add_bos=True, **SPECIAL),
+    }
+    folder = tmp_path_factory.mktemp("models")
+    for name, tokenizer in tokenizers.items():
+        tokenizer.save_pretrained(folder / name)
+    return folder
+
+
+def with_template(folder, template, **special):
+    byte_tokenizer(chat_template=template, **{**SPECIAL, **special}).save_pretrained(folder)
+    return folder
+
+
 def user(text):
     return {"role": "user", "content": text}
 
@@ -37,24 +63,55 @@ def assistant(text):
 
 
 def write_jsonl(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
     opener = gzip.open if path.suffix == ".gz" else open
     with opener(path, "wt", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    return str(path)
+    return path
 
 
-def read(path, n, tokenizer=PLAIN, splits=("train",), args=ROOMY, **kwargs):
-    examples, eos_id = p3o.read_examples(str(path), list(splits), n, tokenizer, args, **kwargs)
-    return examples, eos_id
+def read_jsonl(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
 
 
-def counts(capsys):
-    """(rows used, rows read, {reason: rows}) as the log says it; every row must be accounted for."""
-    line = capsys.readouterr().out.strip().splitlines()[-1]
-    used, total = map(int, re.search(r"(\d+) of (\d+) rows used", line).groups())
-    dropped = {why: int(n) for n, why in re.findall(r", (\d+) dropped: ([^,]+)", line)}
-    assert used + sum(dropped.values()) == total, line
-    return used, total, dropped
+class Run:
+    """data.py's command line, run here: .rows {split: rows}, .about (data.json), .out, .error."""
+
+    def __init__(self, monkeypatch, capsys):
+        self.monkeypatch, self.capsys = monkeypatch, capsys
+
+    def __call__(self, dataset, model, output_dir, *flags):
+        argv = ["data.py", "--dataset", dataset, "--model", model, "--output_dir", output_dir, *flags]
+        self.monkeypatch.setattr(sys, "argv", [str(x) for x in argv])
+        self.capsys.readouterr()
+        data.guard(data.main, data.Args)
+        folder = Path(output_dir)
+        rows = {split: read_jsonl(folder / f"{split}.jsonl") for split in SPLITS}
+        about, out = json.loads((folder / "data.json").read_text()), self.capsys.readouterr().out
+        count = about["rows"]
+        assert count["written"] == {split: len(rows[split]) for split in rows}
+        dropped = sum(n for reasons in count["dropped"].values() for n in reasons.values())
+        assert sum(count["in"].values()) == sum(count["written"].values()) + dropped
+        return SimpleNamespace(rows=rows, about=about, out=out, all=sum(rows.values(), []))
+
+    def fails(self, *args):
+        """The one line of an expected failure."""
+        with pytest.raises(SystemExit) as exit:
+            self(*args)
+        out, error = self.capsys.readouterr()
+        assert exit.value.code == 2, error
+        assert error.startswith("error: ") and "; " in error and error.count("\n") == 1, error
+        return error
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    return Run(monkeypatch, capsys)
+
+
+def numbered(rows):
+    """Rows in the order of the number in their prompt or completion."""
+    return sorted(rows, key=lambda row: int("".join(c for c in json.dumps(row) if c.isdigit()) or 0))
 
 
 # ----------------------------------------------------------------------------------------------- every format
@@ -65,43 +122,56 @@ TURNS_TEXT = (
     "<|im_start|>assistant\nwhat?<|im_end|>\n<|im_start|>user\nthat<|im_end|>\n<|im_start|>assistant\n"
 )
 ASK, ASK_TEXT = [user("q {i}")], "<|im_start|>user\nq {i}<|im_end|>\n<|im_start|>assistant\n"
-FORMATS = {  # name: (row, prompt, responses, conversational)
-    "preferences": ({"prompt": "p {i}", "chosen": " good", "rejected": " bad"}, "p {i}", [" good", " bad"]),
-    "preferences, columns in another order": (
-        {"rejected": "bad", "id": 7, "chosen": "good", "prompt": "p {i}"},
-        "p {i}",
-        ["good", "bad"],
+TEXTS = {  # name: (row of the data set, row written)
+    "preferences": (
+        {"prompt": "p {i}", "chosen": " good", "rejected": " bad"},
+        {"prompt": "p {i}", "chosen": " good", "rejected": " bad"},
+    ),
+    "preferences, other columns, another order": (
+        {"rejected": "bad", "score": 0.5, "chosen": "good", "text": "t", "prompt": "p {i}"},
+        {"prompt": "p {i}", "chosen": "good", "rejected": "bad"},
     ),
     "implicit prompt of HH-RLHF": (
         {"chosen": HH + " Well…", "rejected": HH + " No"},
-        HH,
-        [" Well…", " No"],
+        {"prompt": HH, "chosen": " Well…", "rejected": " No"},
     ),
-    "prompt and completion": ({"prompt": "p {i}", "completion": " c\n"}, "p {i}", [" c\n"]),
-    "prompt only": ({"prompt": "p {i}"}, "p {i}", []),
-    "text": ({"text": "once {i}"}, "", ["once {i}"]),
-    "preferences, conversational": (
+    "prompt and completion": (
+        {"prompt": "p {i}\x00\u2028", "completion": " c\n"},
+        {"prompt": "p {i}\x00\u2028", "completion": " c\n"},
+    ),
+    "prompt": ({"prompt": "p {i}"}, {"prompt": "p {i}"}),
+    "text": ({"text": "once {i}"}, {"prompt": "<s>", "completion": "once {i}"}),
+}
+CONVERSATIONS = {
+    "preferences": (
         {"prompt": TURNS, "chosen": [assistant("good")], "rejected": [assistant("bad")]},
-        TURNS_TEXT,
-        ["good", "bad"],
+        {"prompt": TURNS_TEXT, "chosen": "good", "rejected": "bad"},
     ),
-    "implicit prompt, conversational": (
+    "implicit prompt": (
         {"chosen": TURNS + [assistant("good")], "rejected": TURNS + [assistant("bad")]},
-        TURNS_TEXT,
-        ["good", "bad"],
+        {"prompt": TURNS_TEXT, "chosen": "good", "rejected": "bad"},
     ),
     "prompt as text, whole conversations": (
         {"prompt": "q {i}", "chosen": ASK + [assistant("A")], "rejected": ASK + [assistant("B")]},
-        ASK_TEXT,
-        ["A", "B"],
+        {"prompt": ASK_TEXT, "chosen": "A", "rejected": "B"},
     ),
-    "prompt and completion, conversational": (
-        {"prompt": ASK, "completion": [assistant("A\n")]},
-        ASK_TEXT,
-        ["A\n"],
+    "prompt as text, answers": (
+        {"prompt": "q {i}", "chosen": [assistant("A")], "rejected": [assistant("B")]},
+        {"prompt": ASK_TEXT, "chosen": "A", "rejected": "B"},
     ),
-    "prompt only, conversational": ({"prompt": TURNS}, TURNS_TEXT, []),
-    "messages": ({"messages": TURNS + [assistant("done {i}")]}, TURNS_TEXT, ["done {i}"]),
+    "prompt and completion": (
+        {"prompt": ASK, "completion": [assistant(" A\n")]},
+        {"prompt": ASK_TEXT, "completion": " A\n"},
+    ),
+    "completion of several messages": (
+        {"prompt": TURNS[:2], "completion": TURNS[2:] + [assistant("A")]},
+        {"prompt": TURNS_TEXT, "completion": "A"},
+    ),
+    "prompt": ({"prompt": TURNS}, {"prompt": TURNS_TEXT}),
+    "messages": (
+        {"messages": TURNS + [assistant("done {i}")]},
+        {"prompt": TURNS_TEXT, "completion": "done {i}"},
+    ),
 }
 
 
@@ -110,83 +180,170 @@ def fill(value, i):
     return json.loads(json.dumps(value).replace("{i}", str(i)))
 
 
-@pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize("tokenizer", [PLAIN, CHAT], ids=["plain", "chat"])
-def test_formats(name, tokenizer, tmp_path, capsys):
-    """Exact texts and ids, for as many responses as the format has and for fewer; not for more."""
-    row, prompt, responses = FORMATS[name]
-    conversational = "conversation" in name or name == "messages"
+@pytest.mark.parametrize("name", TEXTS)
+def test_formats_of_texts(name, models, run, tmp_path):
+    """Texts stay as they are, even if the model has a chat template; the tokenizer's EOS ends them."""
+    row, written = TEXTS[name]
     path = write_jsonl(tmp_path / "rows.jsonl", [fill(row, i) for i in range(6)])
-    for n in (0, 1, 2):
-        if n > len(responses) or (n == 0 and "text" in row):
-            with pytest.raises(p3o.RunError, match=f"has columns .*{list(row)[0]}.*; expected prompt.chosen"):
-                read(path, n, tokenizer)
-            continue
-        if conversational and tokenizer is PLAIN:
-            with pytest.raises(p3o.RunError, match="holds conversations; "):
-                read(path, n, tokenizer)
-            continue
-        examples, eos_id = read(path, n, tokenizer)
-        assert counts(capsys) == (5, 5, {}), "6 rows, 1 of them held out"
-        assert eos_id == (IM_END if conversational else tokenizer.eos_token_id)
-        for i, example in enumerate(examples):
-            text, answers = fill(prompt, i), fill(responses[:n], i)
-            assert example["prompt"] == text
-            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-            assert example["prompt_ids"] == (ids or [eos_id])
-            assert example["response_ids"] == [encode(answer) + [eos_id] for answer in answers]
+    done = run(path, models / "chat", tmp_path / "out")
+    assert numbered(done.all) == [fill(written, i) for i in range(6)]
+    assert [list(row) for row in done.all] == [list(written)] * 6, "the columns in their order"
+    assert done.about["eos_token"] == "</s>"
+    assert {split: len(rows) for split, rows in done.rows.items()} == {"train": 4, "validation": 1, "test": 1}
 
 
-def encode(text):
-    """Ids of PLAIN and CHAT by hand: bytes, numbered in the order of their printable stand-ins."""
-    stand_in = [b for b in range(256) if 33 <= b <= 126 or 161 <= b <= 172 or 174 <= b]
-    order = stand_in + [b for b in range(256) if b not in stand_in]  # the rest is mapped to U+0100 and up
-    return [order.index(b) for b in text.encode()]
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_formats_of_conversations(name, models, run, tmp_path):
+    row, written = CONVERSATIONS[name]
+    path = write_jsonl(tmp_path / "rows.jsonl", [fill(row, i) for i in range(6)])
+    done = run(path, models / "chat", tmp_path / "out")
+    assert numbered(done.all) == [fill(written, i) for i in range(6)]
+    assert done.about["eos_token"] == "<|im_end|>"
+    assert done.about["dataset"] == str(path) and done.about["model"] == str(models / "chat")
+    assert "no chat template" not in done.out
+    assert "chat_template" in run.fails(path, models / "plain", tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
-def test_chat_template_tokens_are_single_ids(tmp_path):
-    """Markup of a conversation becomes special tokens, and the response ends in the end of turn, not EOS."""
-    path = write_jsonl(
-        tmp_path / "rows.jsonl", [{"prompt": [user("hé")], "completion": [assistant("A")]}] * 2
+# --------------------------------------------------------------------------------- what the model is to see
+@pytest.mark.parametrize(
+    "model, seen",
+    [
+        ("plain", ["p 0", "<s>", "<s>p 2"]),  # an empty prompt is BOS
+        ("no_bos", ["p 0", "</s>", "<s>p 2"]),  # or else EOS
+        ("bos", ["<s>p 0", "<s>", "<s>p 2"]),  # once
+        ("bos_eos", ["<s>p 0", "<s>", "<s>p 2"]),  # and no EOS
+    ],
+)
+def test_bos_of_texts(model, seen, models, run, tmp_path):
+    """As the tokenizer puts it by habit; no second one; and data.py on its own output changes nothing."""
+    rows = [{"prompt": prompt, "completion": f"c {i}"} for i, prompt in enumerate(["p 0", "", "<s>p 2"])]
+    done = run(write_jsonl(tmp_path / "rows.jsonl", rows), models / model, tmp_path / "out")
+    by_completion = {row["completion"]: row["prompt"] for row in done.all}
+    assert [by_completion[f"c {i}"] for i in range(3)] == seen
+    again = run(tmp_path / "out", models / model, tmp_path / "again")
+    assert again.rows == done.rows
+
+
+@pytest.mark.parametrize("bos, count", [("", 0), ("{{ bos_token }}", 1)])
+def test_bos_of_conversations_is_the_templates(bos, count, models, run, tmp_path):
+    model = tmp_path / "model"
+    byte_tokenizer(chat_template=bos + CHATML, add_bos=True, **SPECIAL).save_pretrained(model)
+    rows = [{"messages": [user(f"q {i}"), assistant("A")]} for i in range(4)]
+    done = run(write_jsonl(tmp_path / "rows.jsonl", rows), model, tmp_path / "out")
+    assert [row["prompt"].count("<s>") for row in done.all] == [count] * 4
+    assert all(row["prompt"].startswith("<s>" * count + "<|im_start|>user\nq") for row in done.all)
+
+
+def closing(behind, content="{{ m['content'] }}", header="<|im_start|>{{ m['role'] }} "):
+    """A template that puts something behind every message; the generation prompt is `header` of ChatML."""
+    loop = "{% for m in messages %}" + header + content + behind + "{% endfor %}"
+    return loop + "{% if add_generation_prompt %}<|im_start|>assistant {% endif %}"
+
+
+LLAMA_2 = (  # the real one, shortened: a space before and behind the answer, BOS in front of each question
+    "{% for m in messages %}{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + m['content'] + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m['content'] + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+HARMONY = (  # special tokens between the header and the answer, which the generation prompt lacks
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}{% if m['role'] == 'assistant' %}<|mid|>final{% endif %}<|mid|>"
+    "{{ m['content'] }}{% if m['role'] == 'assistant' %}<|return|>{% else %}<|im_end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant{% endif %}"
+)
+THINKING = (  # the generation prompt opens what a finished answer no longer has
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'].split('</think>')[-1] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|><think>\n{% endif %}"
+)
+LONG = "an answer that is longer than thirty characters {i}"
+END_OF_TURN = {  # name: (template, answer, EOS)
+    "ChatML": (CHATML, LONG, "<|im_end|>"),
+    "ChatML, an answer that its markup contains": (CHATML, "e", "<|im_end|>"),
+    "the tokenizer's own EOS": (closing("</s>"), LONG, "</s>"),
+    "Llama 2, with a space in front": (LLAMA_2, LONG, "</s>"),
+    "Llama 2, short answer": (LLAMA_2, "s", "</s>"),
+    "words in front": (closing("\n\n[END]\n<|im_end|>\n"), LONG, "<|im_end|>"),
+    "no special token: EOS": (closing("\n###\n", header="{{ m['role'] }}: "), LONG, "</s>"),
+    "nothing behind: EOS": (closing("", header="{{ m['role'] }}: "), LONG, "</s>"),
+    "answer stripped": (
+        closing("<|im_end|>", content="{{ m['content'] | trim }}"),
+        " " + LONG + "\n",
+        "<|im_end|>",
+    ),
+    "special tokens before the answer": (HARMONY, LONG, "<|return|>"),
+    "the question's words, whose turns end otherwise": (HARMONY, "q {i}", "<|return|>"),
+    "thinking cut from the answer": (THINKING, "<think>hm</think>" + LONG, "<|im_end|>"),
+}
+
+
+@pytest.mark.parametrize("name", END_OF_TURN)
+def test_end_of_turn(name, run, tmp_path):
+    """The special token that closes an answer is recorded as EOS, and stands in no response."""
+    template, answer, eos = END_OF_TURN[name]
+    extra = {"cls_token": "<|return|>", "sep_token": "<|mid|>"} if template is HARMONY else {}
+    model = with_template(tmp_path / "model", template, **extra)
+    rows = [fill({"prompt": [user("q {i}")], "completion": [assistant(answer)]}, i) for i in range(4)]
+    done = run(write_jsonl(tmp_path / "rows.jsonl", rows), model, tmp_path / "out")
+    assert done.about["eos_token"] == eos
+    assert Counter(row["completion"] for row in done.all) == Counter(fill(answer, i) for i in range(4))
+    said = "no special token behind an answer" in done.out
+    assert said == (": EOS" in name), "taken for want of another, and said so"
+
+
+def test_end_of_turn_where_there_are_prompts_only(run, models, tmp_path):
+    """Nothing but a question in the data: the template is asked with that as an answer."""
+    rows = [{"prompt": [user(f"q {i}")]} for i in range(4)]
+    done = run(write_jsonl(tmp_path / "rows.jsonl", rows), models / "chat", tmp_path / "out")
+    assert done.about["eos_token"] == "<|im_end|>"
+
+
+@pytest.mark.parametrize("kind, eos", [("text", "</s>"), ("conversation", "<|im_end|>")])
+def test_eos_in_responses(kind, eos, run, models, tmp_path):
+    """At the end one is taken off, as scripts add it; inside, the row is dropped; another's EOS is text."""
+    other = {"</s>": "<|im_end|>", "<|im_end|>": "</s>"}[eos]
+    answers = ["a 0" + eos, "a" + eos + "b", eos, "a 3" + other, "a" + eos + eos, "a 5", "a 6"]
+    if kind == "text":
+        rows = [{"prompt": f"q {i}", "completion": answer} for i, answer in enumerate(answers)]
+    else:
+        rows = [{"messages": [user(f"q {i}"), assistant(answer)]} for i, answer in enumerate(answers)]
+    done = run(write_jsonl(tmp_path / "rows.jsonl", rows), models / "chat", tmp_path / "out")
+    assert {row["completion"] for row in done.all} == {"a 0", "a 3" + other, "a 5", "a 6"}
+    assert done.about["rows"]["dropped"]["train"] == {"EOS inside a response, or nothing but EOS": 3}
+
+
+def test_a_template_that_refuses_rows(run, tmp_path):
+    """Single rows are dropped and counted with the template's words; all of them: one line, no traceback."""
+    demand = (
+        "{% if messages[0]['role'] != 'system' %}{{ raise_exception('I \x1b[2J want a\nsystem') }}{% endif %}"
     )
-    (example,), eos_id = read(path, 1, CHAT)
-    start = CHAT.convert_tokens_to_ids("<|im_start|>")
-    expected = [start, *encode("user\nhé"), IM_END, *encode("\n"), start, *encode("assistant\n")]
-    assert example["prompt_ids"] == expected
-    assert example["response_ids"] == [[*encode("A"), IM_END]] and eos_id == IM_END != CHAT.eos_token_id
+    model = with_template(tmp_path / "model", demand + CHATML)
+    good = [
+        {"messages": [{"role": "system", "content": "s"}, user(f"q {i}"), assistant("A")]} for i in range(5)
+    ]
+    bad = [{"messages": [user(f"q {i}"), assistant("A")]} for i in range(2)]
+    done = run(write_jsonl(tmp_path / "some.jsonl", bad + good), model, tmp_path / "out")
+    assert len(done.all) == 5 and done.about["eos_token"] == "<|im_end|>"
+    ((reason, count),) = done.about["rows"]["dropped"]["train"].items()
+    assert count == 2 and "system" in reason and "\x1b" not in done.out
+    error = run.fails(write_jsonl(tmp_path / "all.jsonl", bad), model, tmp_path / "none")
+    assert "no row of train" in error and "system" in error and not (tmp_path / "none").exists()
 
 
-def test_bos_is_added_to_texts_only_and_once(tmp_path):
-    """By the tokenizer's own habit: before a prompt, never before a response, not to conversations."""
-    bos = byte_tokenizer(add_bos=True, chat_template=CHATML, **SPECIAL)
-    rows = [{"prompt": "p", "chosen": "A", "rejected": "B"}, {"prompt": "", "chosen": "A", "rejected": "B"}]
-    examples, eos_id = read(write_jsonl(tmp_path / "a.jsonl", rows + rows[:1]), 2, bos)
-    assert [e["prompt_ids"] for e in examples] == [[bos.bos_token_id, *encode("p")], [bos.bos_token_id]]
-    assert examples[0]["response_ids"] == [[*encode("A"), eos_id], [*encode("B"), eos_id]]
-    chats = [{"prompt": [user("p")], "completion": [assistant("A")]}] * 2
-    (example,), _ = read(write_jsonl(tmp_path / "b.jsonl", chats), 1, bos)
-    assert bos.bos_token_id not in example["prompt_ids"] + example["response_ids"][0]
-    (example,), eos_id = read(write_jsonl(tmp_path / "c.jsonl", [{"text": "once"}] * 2), 1, PLAIN)
-    assert example["prompt_ids"] == [eos_id], (
-        "without BOS an empty prompt is one EOS, so that y_1 has a context"
-    )
-
-
-def test_end_of_turn_of_other_templates():
-    """Whatever the template puts behind an answer; EOS where it puts nothing."""
-    for behind, expected in (("<|im_end|>\n", IM_END), ("</s>", CHAT.eos_token_id), ("", CHAT.eos_token_id)):
-        template = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}" + behind + "{% endfor %}"
-        tokenizer = byte_tokenizer(chat_template=template, **SPECIAL)
-        assert p3o.end_of_turn(tokenizer) == expected, behind
+def test_a_template_with_a_syntax_error(run, tmp_path):
+    model = with_template(tmp_path / "model", "{% for m in messages %}")
+    rows = [{"messages": [user(f"q {i}"), assistant("A")]} for i in range(3)]
+    error = run.fails(write_jsonl(tmp_path / "rows.jsonl", rows), model, tmp_path / "out")
+    assert "chat template" in error and "--model" in error and not (tmp_path / "out").exists()
 
 
 # -------------------------------------------------------------------------------------------- every container
 ROWS = [{"prompt": f"p {i} \u2028 é", "completion": f" c {i}"} for i in range(41)]
+PARTS = {"train": ROWS[:30], "validation": ROWS[30:37], "test": ROWS[37:]}
 
 
 def split_files(folder, extension, splits):
     for split, rows in splits.items():
         if extension == "parquet":
+            folder.mkdir(exist_ok=True)
             datasets.Dataset.from_list(rows).to_parquet(folder / f"{split}.parquet")
         else:
             write_jsonl(folder / f"{split}.{extension}", rows)
@@ -194,255 +351,459 @@ def split_files(folder, extension, splits):
 
 
 def container(kind, folder):
-    """(path, {split: rows}): ROWS in a container of some kind; None: the whole without splits."""
-    splits = {"train": ROWS[:30], "validation": ROWS[30:37], "test": ROWS[37:]}
+    """(path, has splits): ROWS in a container of some kind."""
     if kind == "json":
         path = folder / "rows.json"
         path.write_text(json.dumps(ROWS), encoding="utf-8")
-        return path, None
+        return path, False
     if kind in ("jsonl", "jsonl.gz"):
-        return write_jsonl(folder / f"rows.{kind}", ROWS), None
+        return write_jsonl(folder / f"rows.{kind}", ROWS), False
     if kind == "parquet":
         datasets.Dataset.from_list(ROWS).to_parquet(folder / "rows.parquet")
-        return folder / "rows.parquet", None
+        return folder / "rows.parquet", False
+    if kind == "folder of one file":
+        return write_jsonl(folder / "anything.jsonl", ROWS).parent, False
     if kind == "Dataset on disk":
         datasets.Dataset.from_list(ROWS).save_to_disk(folder)
-        return folder, None
+        return folder, False
     if kind == "DatasetDict on disk":
-        dictionary = datasets.DatasetDict({k: datasets.Dataset.from_list(v) for k, v in splits.items()})
-        dictionary.save_to_disk(folder)
-        return folder, splits
-    if kind == "folder of one file":
-        write_jsonl(folder / "anything.jsonl", ROWS)
-        return folder, None
-    if kind == "folder without validation":
-        del splits["validation"]
-        return split_files(folder, "jsonl", splits), splits
-    return split_files(folder, kind.removeprefix("folder of "), splits), splits
+        parts = {split: datasets.Dataset.from_list(rows) for split, rows in PARTS.items()}
+        datasets.DatasetDict(parts).save_to_disk(folder)
+        return folder, True
+    return split_files(folder, kind.removeprefix("folder of "), PARTS), True
 
 
-CONTAINERS = [
-    "json",
-    "jsonl",
-    "jsonl.gz",
-    "parquet",
-    "folder of jsonl",
-    "folder of jsonl.gz",
-    "folder of parquet",
-    "folder of one file",
-    "folder without validation",
-    "Dataset on disk",
-    "DatasetDict on disk",
-]
+FILES = ["json", "jsonl", "jsonl.gz", "parquet"]
+FOLDERS = ["folder of jsonl", "folder of jsonl.gz", "folder of parquet", "folder of one file"]
 
 
-@pytest.mark.parametrize("kind", CONTAINERS)
-def test_containers(kind, tmp_path, capsys):
-    """The same rows come back in the same order; held out are validation, else test, else the last 5%."""
+@pytest.mark.parametrize("kind", [*FILES, *FOLDERS, "Dataset on disk", "DatasetDict on disk"])
+def test_containers(kind, models, run, tmp_path):
+    """The same rows in the same order; given splits stay what they are, else rows of train are held out."""
     (tmp_path / "data").mkdir()
-    path, splits = container(kind, tmp_path / "data")
-    splits = splits or {"train": ROWS[:38], "test": ROWS[38:]}  # 41 // 20 + 1 rows held out
-    for wanted, rows in (
-        (["train"], splits["train"]),
-        (["validation", "test"], splits.get("validation", splits["test"])),
-        (["test"], splits["test"]),
-    ):
-        examples, _ = read(path, 1, splits=wanted)
-        assert counts(capsys) == (len(rows), len(rows), {})
-        assert [e["prompt"] for e in examples] == [row["prompt"] for row in rows]
-        assert [e["response_ids"][0][:-1] for e in examples] == [encode(row["completion"]) for row in rows]
+    path, has_splits = container(kind, tmp_path / "data")
+    done = run(path, models / "plain", tmp_path / "out")
+    if has_splits:
+        assert done.rows == PARTS
+    else:
+        assert {split: len(rows) for split, rows in done.rows.items()} == {
+            "train": 37,
+            "validation": 2,
+            "test": 2,
+        }
+        assert numbered(done.all) == ROWS
+        assert done.rows["train"] == numbered(done.rows["train"])
 
 
-@pytest.mark.parametrize("n, held_out", [(2, 1), (19, 1), (20, 2), (100, 6), (10100, 500)])
-def test_held_out_rule(n, held_out, tmp_path):
-    """Without a held-out split the last rows are lent: 5%, at least 1, at most 500; train lacks them."""
-    path = write_jsonl(tmp_path / "rows.jsonl", [{"text": str(i)} for i in range(n)])
-    train, _ = p3o.open_split(path, ["train"])
-    test, split = p3o.open_split(path, ["validation", "test"])
-    assert split == "test" and len(test) == held_out
-    assert [*train["text"], *test["text"]] == [str(i) for i in range(n)]
+@pytest.mark.parametrize("name", ["toy", "train_test"])
+def test_what_is_written_reads_back(name, models, run, tmp_path):
+    """load_dataset, as the training scripts call it, sees the three files alone, whatever the folder's name."""
+    done = run(split_files(tmp_path / "data", "jsonl", PARTS), models / "plain", tmp_path / name)
+    read = datasets.load_dataset(str(tmp_path / name))
+    assert {split: list(rows) for split, rows in read.items()} == done.rows == PARTS
+    assert {path.name for path in (tmp_path / name).iterdir()} == {
+        "data.json",
+        *(f"{x}.jsonl" for x in SPLITS),
+    }
 
 
-def test_missing_split_is_an_error(tmp_path):
-    split_files(tmp_path, "jsonl", {"validation": ROWS[:3]})
-    with pytest.raises(p3o.RunError, match=r"has splits \['validation'\]; name one of them 'train'"):
-        read(tmp_path, 1)
+# ------------------------------------------------------------------------------------------------------ splits
+@pytest.mark.parametrize(
+    "names, flags, expected",
+    [
+        (["train"], {}, {"train": "train"}),
+        (["eval", "train"], {}, {"train": "train", "validation": "eval"}),
+        (["test_prefs", "train_prefs"], {}, {"train": "train_prefs", "test": "test_prefs"}),
+        (["test_sft", "train_sft"], {}, {"train": "train_sft", "test": "test_sft"}),
+        (["dev", "TEST", "Train"], {}, {"train": "Train", "validation": "dev", "test": "TEST"}),
+        (["sft.valid", "sft.train"], {}, {"train": "sft.train", "validation": "sft.valid"}),
+        (["train", "val"], {}, {"train": "train", "validation": "val"}),
+        (["train", "validation", "test"], {}, {"train": "train", "validation": "validation", "test": "test"}),
+        (
+            ["train_sft", "train_prefs", "test_sft", "test_prefs"],
+            {},
+            "no telling what split 'train_prefs' is for",
+        ),
+        (["train", "heldout"], {}, "no telling what split 'heldout' is for"),
+        (["train_eval", "test"], {}, "no telling what split 'train_eval' is for"),
+        (["train", "validation", "eval"], {}, "no telling what split 'eval' is for"),
+        (["test"], {}, "no such splits"),
+        (["a", "b"], {"train_split": "c"}, "no such splits"),
+        (["a", "b"], {"test_split": "b"}, "no such splits"),
+        (["a", "b"], {"train_split": "b"}, {"train": "b"}),
+        (["a", "b"], {"train_split": "b", "test_split": "a"}, {"train": "b", "test": "a"}),
+        (["train_sft", "test_sft", "train"], {"train_split": "train_sft"}, {"train": "train_sft"}),
+    ],
+)
+def test_splits_go_by_name(names, flags, expected, capsys):
+    """In whatever order they come; what is unclear is an error that lists them and names the flags."""
+    for order in (names, names[::-1]):
+        args = SimpleNamespace(**{"train_split": "", "test_split": "", **flags})
+        if isinstance(expected, dict):
+            assert data.choose_splits(order, args) == expected
+            continue
+        with pytest.raises(SystemExit):
+            data.choose_splits(order, args)
+        error = capsys.readouterr().err
+        assert expected.split(" '")[0] in error and str(order) in error
+        assert "--train_split and --test_split" in error
+
+
+@pytest.mark.parametrize("names", [("eval", "train"), ("test_prefs", "train_prefs")])
+def test_never_trains_on_held_out_rows(names, models, run, tmp_path):
+    """A DatasetDict whose first split is not the training one."""
+    parts = {name: datasets.Dataset.from_list(rows) for name, rows in zip(names, (ROWS[:5], ROWS[5:]))}
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "data")
+    done = run(tmp_path / "data", models / "plain", tmp_path / "out")
+    given, made = ("validation", "test") if names[0] == "eval" else ("test", "validation")
+    assert done.rows[given] == ROWS[:5]
+    assert len(done.rows[made]) == 1 and numbered(done.rows["train"] + done.rows[made]) == ROWS[5:]
+
+
+def test_a_split_that_was_saved_alone_keeps_its_name(models, run, tmp_path):
+    folder = split_files(tmp_path / "data", "jsonl", PARTS)
+    datasets.load_dataset(str(folder))["test"].save_to_disk(tmp_path / "test_rows")
+    assert "'test'" in run.fails(tmp_path / "test_rows", models / "plain", tmp_path / "out")
+    done = run(tmp_path / "test_rows", models / "plain", tmp_path / "out", "--train_split", "test")
+    assert numbered(done.all) == PARTS["test"]
+
+
+@pytest.mark.parametrize(
+    "n, of_prompt, size",
+    [(3, 1, 1), (39, 1, 1), (40, 1, 2), (100, 1, 5), (11000, 1, 500)]
+    + [(9, 3, 3), (99, 3, 3), (198, 3, 9), (11001, 3, 498)]
+    + [(3, 3, 1), (100, 100, 5)],  # one prompt in all, as texts have: rows are held out one by one
+)
+def test_held_out_rule(n, of_prompt, size):
+    """5% of the rows, at most 500, for each of two; all rows of a prompt, of which several rows have the same."""
+    train = [{"prompt": str(i // of_prompt), "completion": str(i)} for i in range(n)]
+    rows, again = {"train": train}, {"train": train}
+    data.hold_out(rows, ["validation", "test"])
+    data.hold_out(again, ["validation", "test"])
+    assert rows == again, "the same in every run"
+    assert [len(rows[split]) for split in SPLITS] == [n - 2 * size, size, size]
+    assert sorted(int(row["completion"]) for split in SPLITS for row in rows[split]) == list(range(n))
+    assert rows["train"] == sorted(rows["train"], key=lambda row: int(row["completion"])), "order is kept"
+    prompts = [{row["prompt"] for row in rows[split]} for split in SPLITS]
+    if of_prompt < n:
+        assert len(set.union(*prompts)) == sum(len(part) for part in prompts), "a prompt on two sides"
+    if n > 100:
+        assert rows["validation"] != train[-size:] and rows["validation"] != train[:size], (
+            "from all over the data"
+        )
+
+
+def test_one_frequent_prompt_is_not_held_out():
+    train = [{"prompt": "often"}] * 60 + [{"prompt": str(i)} for i in range(40)]
+    rows = {"train": train}
+    data.hold_out(rows, ["validation", "test"])
+    assert [len(rows[split]) for split in SPLITS] == [90, 5, 5] and rows["train"][:60] == train[:60]
+
+
+def test_two_prompts_are_too_few_for_three_splits(models, run, tmp_path):
+    """Held out one after the other, the last prompt must not be torn apart between train and test."""
+    rows = [{"prompt": f"p {i % 2}", "completion": f"c {i}"} for i in range(50)]
+    error = run.fails(write_jsonl(tmp_path / "rows.jsonl", rows), models / "plain", tmp_path / "out")
+    assert "too few prompts" in error and not (tmp_path / "out").exists()
+
+
+def test_prompts_that_given_splits_share_are_counted(models, run, tmp_path):
+    parts = {"train": ROWS[:30], "validation": ROWS[28:35], "test": ROWS[35:]}
+    done = run(split_files(tmp_path / "data", "jsonl", parts), models / "plain", tmp_path / "out")
+    assert done.rows == parts, "given splits are kept"
+    assert "validation: 7 rows; 2 of their prompts are in train" in done.out
+    assert "test: 6 rows; 0 of their prompts are in train" in done.out
 
 
 # ------------------------------------------------------------------------------------------- what is left out
-def test_every_unusable_row_is_counted_by_reason(tmp_path, capsys):
+def dropped(rows, model):
+    """{reason: rows} of data.convert, which must account for every row; the others are written."""
+    tokenizer = data.AutoTokenizer.from_pretrained(model)
+    chat = any(isinstance(value, list) for row in rows for value in row.values())
+    written, reasons, _ = data.convert(rows, chat, None if chat else tokenizer.eos_token, tokenizer)
+    assert len(written) + sum(reasons.values()) == len(rows)
+    return reasons
+
+
+def test_texts_that_cannot_be_used(models):
     good = {"prompt": "p", "chosen": "A", "rejected": "B"}
     bad = {
-        "null or not text": [{"chosen": None}, {"prompt": None}],
-        "prompt longer than --prompt_length": [{"prompt": "x" * 11}],
+        "null or not text": [{"chosen": None}, {"prompt": None}, {"rejected": 3}, {"prompt": {"a": "b"}}],
         "empty response": [{"chosen": ""}, {"rejected": " \n\t"}, {"rejected": "\u3000"}],
-        "chosen and rejected are the same": [{"chosen": "B"}, {"chosen": "A" * 7, "rejected": "A" * 6 + "B"}],
+        "chosen and rejected are the same": [{"chosen": "B"}, {"chosen": "B</s>"}],
     }
     rows = [good | change for changes in bad.values() for change in changes] + [good] * 3
-    rows += [good | {"prompt": "x" * 10, "chosen": "12345", "rejected": "123456"}]
-    args = SimpleNamespace(prompt_length=10, response_length=6)
-    split_files(tmp_path, "jsonl", {"train": rows, "test": rows})
-    examples, eos_id = read(tmp_path, 2, args=args)
-    assert counts(capsys) == (4, 12, {why: len(changes) for why, changes in bad.items()})
-    assert [e["prompt"] for e in examples] == ["p", "p", "p", "x" * 10]
-    cut = [[*encode("12345"), eos_id], encode("123456")]
-    assert examples[-1]["response_ids"] == cut, "a longer response is cut, and then without EOS"
-    read(tmp_path, 0, args=args)  # as prompts, rows need no good responses
-    used, total, dropped = counts(capsys)
-    assert (used, total) == (9, 12) and set(dropped) == {
-        "null or not text",
-        "prompt longer than --prompt_length",
-    }
+    assert dropped(rows, models / "plain") == {reason: len(changes) for reason, changes in bad.items()}
 
 
-def test_dialogues_that_cannot_be_used(tmp_path, capsys):
+def test_dialogues_that_cannot_be_used(models):
     """HH-RLHF style: another prompt, a prompt cut elsewhere, no turn of the assistant, nothing said in it."""
     good = {"chosen": HH + " yes", "rejected": HH + " no"}
-    bad = [
-        {"rejected": HH[1:] + " no"},
-        {"rejected": HH + " no" + HH + " yes"},
-        {"chosen": "yes", "rejected": "no"},
-    ]
-    rows = [good, *(good | change for change in bad), good | {"chosen": HH}, good | {"rejected": HH + " "}]
-    split_files(tmp_path, "jsonl", {"train": rows, "test": rows})
-    examples, _ = read(tmp_path, 2)
-    assert counts(capsys) == (1, 6, {"prompts of chosen and rejected differ": 3, "empty response": 2})
-    assert examples[0]["prompt"] == HH
+    differ = [good | {"rejected": HH[1:] + " no"}, good | {"rejected": HH + " no" + HH + " yes"}]
+    none = [{"chosen": "yes", "rejected": "no"}, good | {"rejected": "no"}]
+    empty = [good | {"chosen": HH}, good | {"rejected": HH + " "}]
+    expected = {"prompts differ": 2, "no '\\n\\nAssistant:' and no prompt": 2, "empty response": 2}
+    assert dropped([good, *differ, *none, *empty], models / "plain") == expected
 
 
-def test_limit_stops_reading(tmp_path, capsys):
-    split_files(
-        tmp_path,
-        "jsonl",
-        {"train": [{"prompt": "", "completion": "c"}, {"prompt": None}] + ROWS, "test": ROWS},
-    )
-    examples, _ = read(tmp_path, 0, limit=5)
-    assert [e["prompt"] for e in examples] == ["", *(row["prompt"] for row in ROWS[:4])]
-    assert counts(capsys) == (5, 6, {"null or not text": 1})
-
-
-def test_conversations_that_cannot_be_used(tmp_path, capsys):
+def test_conversations_that_cannot_be_used(models):
     """Each is dropped with a reason; none raises anything else, none is taken for something it is not."""
-    good, ask = {"chosen": ASK + [assistant("A")], "rejected": ASK + [assistant("B")]}, ASK
+    ask, good = [user("q")], {"chosen": [user("q"), assistant("A")], "rejected": [user("q"), assistant("B")]}
     bad = [
         {"chosen": None},
         {"chosen": []},
+        {"chosen": "text"},
+        {"chosen": ["text"]},
         {"chosen": ask, "rejected": ask},
+        {"chosen": [assistant("A")], "rejected": [assistant("B")]},
         {"chosen": [user("other"), assistant("A")]},
         {"chosen": ask + [{"role": "assistant"}]},
+        {"chosen": ask + [{"content": "A"}]},
         {"chosen": ask + [{"role": "assistant", "content": None}]},
+        {"chosen": ask + [{"role": "assistant", "content": [{"type": "text", "text": "A"}]}]},
+        {"chosen": [user(None), assistant("A")], "rejected": [user(None), assistant("B")]},
         {"rejected": ask + [assistant("A")]},
         {"rejected": ask + [assistant(" ")]},
         {"rejected": ask + [assistant("A"), user("the last word is not the assistant's")]},
+        {"chosen": "\n\nHuman: q\n\nAssistant: A", "rejected": "\n\nHuman: q\n\nAssistant: B"},
     ]
-    rows = [good] + [good | change for change in bad]
-    split_files(tmp_path, "jsonl", {"train": rows, "test": rows})
-    examples, _ = read(tmp_path, 2, CHAT)
-    used, total, _ = counts(capsys)
-    assert (used, total) == (1, len(rows)) and len(examples) == 1
+    for change in bad:
+        assert sum(dropped([good, good | change], models / "chat").values()) == 1, change
 
 
-def test_the_last_message_must_be_the_assistants(tmp_path, capsys):
-    """What the user said is no demonstration, and no end of a prompt to be answered."""
-    good, bad = ASK + [assistant("A")], ASK + [assistant("A"), user("B")]
-    rows = [{"messages": messages} for messages in (good, bad, ASK, good)]
-    split_files(tmp_path, "jsonl", {"train": rows, "test": rows})
-    for n in (0, 1):
-        examples, _ = read(tmp_path, n, CHAT)
-        assert [e["prompt"] for e in examples] == [ASK_TEXT] * 2
-        assert counts(capsys)[:2] == (2, 4)
+def test_no_part_of_an_explicit_prompt_is_lost(models):
+    """A whole conversation beside a prompt must contain it; a prompt must end in something to answer."""
+    whole = {"chosen": [user("q"), assistant("A")], "rejected": [user("q"), assistant("B")]}
+    bad = [{"prompt": "other", **whole}, {"prompt": [{"role": "system", "content": "s"}, user("q")], **whole}]
+    bad += [
+        {"prompt": [user("q"), assistant("hm")], "chosen": [assistant("A")], "rejected": [assistant("B")]}
+    ]
+    assert sum(dropped([{"prompt": "q", **whole}, *bad], models / "chat").values()) == 3
+    assert (
+        sum(
+            dropped(
+                [{"prompt": [user("q"), assistant("A")]}, {"prompt": [user("q")]}], models / "chat"
+            ).values()
+        )
+        == 1
+    )
 
 
-def test_no_part_of_an_explicit_prompt_is_lost(tmp_path):
-    """A completion of several messages behind an explicit prompt: the prompt counts, or the row does not."""
-    several = {"prompt": [user("first")], "completion": [assistant("A"), user("B"), assistant("C")]}
-    plain = {"prompt": [user("first")], "completion": [assistant("A")]}
-    split_files(tmp_path, "jsonl", {"train": [plain, several], "test": [plain]})
-    for n in (0, 1):
-        assert all("first" in example["prompt"] for example in read(tmp_path, n, CHAT)[0])
+@pytest.mark.parametrize("first", ["null", "text", "number"])
+def test_conversations_are_known_whatever_the_first_row_is(first, models, run, tmp_path):
+    chats = [{"prompt": [user(f"q {i}")], "completion": [assistant("A")]} for i in range(4)]
+    stray = {"null": None, "text": "c", "number": 3}[first]
+    rows = [{"prompt": stray, "completion": stray}, *chats]
+    done = run(write_jsonl(tmp_path / "rows.jsonl", rows), models / "chat", tmp_path / "out")
+    assert len(done.all) == 4 and done.about["eos_token"] == "<|im_end|>"
+    reason = "text among conversations, or the reverse" if first == "text" else "null or not text"
+    assert done.about["rows"]["dropped"]["train"] == {reason: 1}
+    assert f"train: 5 rows in = 4 written + 1 dropped {{{reason!r}: 1}}" in done.out
 
 
-@pytest.mark.parametrize("first", ["null", "text"])
-def test_conversations_are_known_whatever_the_first_row_is(first, tmp_path, capsys):
-    """A null or a stray text in front must not change how the conversations behind it are encoded."""
-    chats = [{"prompt": ASK, "completion": [assistant("A")]}] * 4
-    stray = {"null": {"prompt": None, "completion": None}, "text": {"prompt": "p", "completion": "c"}}[first]
-    split_files(tmp_path, "jsonl", {"train": [stray, *chats], "test": chats})
-    examples, eos_id = read(tmp_path, 1, CHAT)
-    used, total, dropped = counts(capsys)
-    assert total == 5 and used + sum(dropped.values()) == 5
-    if first == "null":
-        assert eos_id == IM_END and used == 4
-    for example in examples:
-        is_chat = example["prompt_ids"][0] == CHAT.convert_tokens_to_ids("<|im_start|>")
-        assert example["response_ids"][0][-1] == eos_id
-        assert is_chat == (eos_id == IM_END), "texts and conversations must not be mixed"
+# ------------------------------------------------------------------------------------------------- what is said
+def test_rows_are_shown_as_the_model_sees_them(models, run, tmp_path):
+    """The joint, EOS and every character of the text in sight, and no text that could drive the terminal."""
+    rows = [{"prompt": f"\x1b[2J\u202e p {i}\n", "completion": f" \r\x9b c {i}"} for i in range(40)]
+    done = run(write_jsonl(tmp_path / "rows.jsonl", rows), models / "bos", tmp_path / "out")
+    assert all(line.isprintable() for line in done.out.split("\n"))
+    lines = done.out.split("\n")
+    for row in done.rows["train"][:3]:
+        at = lines.index(f"prompt     {row['prompt']!r} ")
+        assert lines[at + 1] == f"completion {row['completion']!r} + '</s>'"
+    assert done.out.count("+ '</s>'") == 3
+
+
+def test_lengths_and_next_command(models, run, tmp_path):
+    """Counts of tokens, EOS included; the lengths of the next command hold 95% of the rows."""
+    rows = [
+        {"prompt": "p" * (i + 1) + str(i % 10), "chosen": "c" * (i + 1), "rejected": "d"} for i in range(100)
+    ]
+    parts = {"train": rows, "validation": rows[:1], "test": rows[:1]}
+    out = tmp_path / "out"
+    done = run(split_files(tmp_path / "data", "jsonl", parts), models / "bos", out)
+    assert "--prompt_length: the median is 53 tokens; 98 hold 95%, 102 all" in done.out
+    assert "--response_length: the median is 2 tokens; 92 hold 95%, 101 all" in done.out
+    command = f"python reward_model.py --dataset {out} --prompt_length 98 --response_length 92"
+    assert done.out.endswith(f"\n{out}: 100 train, 1 validation, 1 test rows; next: {command}\n")
+    model, short = models / "plain", [{"prompt": row["prompt"]} for row in rows]
+    done = run(write_jsonl(tmp_path / "prompts.jsonl", short), model, tmp_path / "prompts")
+    assert f"next: python p3o.py --dataset {tmp_path / 'prompts'} --prompt_length 9" in done.out
+    assert "--response_length" not in done.out
+    done = run(
+        write_jsonl(tmp_path / "texts.jsonl", [{"text": f"t {i}"} for i in range(9)]),
+        model,
+        tmp_path / "texts",
+    )
+    assert (
+        f"next: python sft.py --model {model} --dataset {tmp_path / 'texts'} --prompt_length 1 --response_length 4\n"
+        in done.out
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- failures
+def no_utf8(path):
+    values = pyarrow.py_buffer(b"\xe9"), pyarrow.py_buffer(b"\0\0\0\0\1\0\0\0")
+    column = pyarrow.Array.from_buffers(pyarrow.string(), 1, [None, values[1], values[0]])
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": column}), path)
+
+
+BAD = {  # name of the data set: (how it is made, what the error says)
+    "missing.jsonl": (lambda path: None, ["cannot read data set"]),
+    "nobody/nothing": (lambda path: None, ["cannot read data set"]),
+    "empty.jsonl": (lambda path: path.write_text(""), ["cannot read data set"]),
+    "folder": (lambda path: path.mkdir(), ["cannot read data set"]),
+    "broken.jsonl": (
+        lambda path: path.write_text('{"prompt": "a"}\n{"prompt": \n'),
+        ["cannot read data set"],
+    ),
+    "latin.jsonl": (lambda path: path.write_bytes(b'{"prompt": "\xe9"}\n'), ["utf-8"]),
+    "surrogate.jsonl": (lambda path: path.write_text('{"prompt": "\\ud800"}\n'), ["cannot read data set"]),
+    "bytes.parquet": (no_utf8, ["utf-8"]),
+    "text.parquet": (lambda path: path.write_text("no parquet"), ["cannot read data set"]),
+    "columns.jsonl": (
+        lambda path: path.write_text('{"question": "q", "answer\\u001b": "a"}\n'),
+        [
+            "'question'",
+            "prompt+chosen+rejected or chosen+rejected or prompt+completion or messages or prompt or text",
+        ],
+    ),
+    "useless.jsonl": (
+        lambda path: write_jsonl(
+            path, [{"prompt": "p", "completion": " "}, {"prompt": None, "completion": "c"}]
+        ),
+        ["no row of train is left", "'empty response': 1", "'null or not text': 1"],
+    ),
+    "one.jsonl": (lambda path: write_jsonl(path, [{"prompt": "p"}]), ["too few prompts"]),
+    "no_train": (lambda path: split_files(path, "jsonl", {"test": ROWS[:3]}), ["['test']", "--train_split"]),
+    "no_validation": (
+        lambda path: split_files(
+            path, "jsonl", {"train": ROWS[:3], "test": [{"prompt": "p", "completion": ""}]}
+        ),
+        ["no row of test is left"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_data_sets(name, models, run, tmp_path, monkeypatch):
+    """One line that says what is wrong and what to do, status 2, and not a file more than before."""
+    make, words = BAD[name]
+    monkeypatch.chdir(tmp_path)
+    make(tmp_path / name)
+    before = sorted(tmp_path.rglob("*"))
+    error = run.fails(name, models / "plain", tmp_path / "made" / "out")
+    assert all(word in error for word in words), error
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_bad_flags(models, run, tmp_path):
+    rows, out = write_jsonl(tmp_path / "rows.jsonl", ROWS), tmp_path / "out"
+    assert "has no EOS; name another" in run.fails(rows, models / "no_eos", out)
+    assert "cannot load a tokenizer" in run.fails(rows, tmp_path / "nothing", out)
+    assert "see --help" in run.fails(rows, "", out)
+    assert "see --help" in run.fails(rows, models / "plain", out, "--typo")
+    assert "cannot write" in run.fails(rows, models / "plain", rows / "out")
+    assert sorted(tmp_path.iterdir()) == [rows]
+
+
+def test_output_folder(models, run, tmp_path):
+    """Never overwritten without --overwrite, and with it only what data.py wrote; then nothing old is left."""
+    one, two = (
+        write_jsonl(tmp_path / f"{name}.jsonl", [{"prompt": f"{name} {i}"} for i in range(9)])
+        for name in "ab"
+    )
+    plain, out = models / "plain", tmp_path / "out"
+    out.mkdir()  # empty: free
+    first = run(one, plain, out)
+    assert "give --overwrite" in run.fails(two, plain, out)
+    assert all(row["prompt"].startswith("a") for row in read_jsonl(out / "train.jsonl"))
+    run.fails(tmp_path / "missing.jsonl", plain, out, "--overwrite")  # lost nothing
+    assert read_jsonl(out / "train.jsonl") == first.rows["train"]
+    second = run(two, plain, out, "--overwrite")
+    assert all(row["prompt"].startswith("b") for row in second.all)
+    assert {path.name for path in tmp_path.iterdir()} == {"a.jsonl", "b.jsonl", "out"}, "no folder beside"
+    (out / "notes.txt").write_text("mine")
+    for flags in ([], ["--overwrite"]):
+        assert "holds other files" in run.fails(one, plain, out, *flags)
+        assert "holds other files" in run.fails(one, plain, two, *flags)  # a file
+        assert "holds other files" in run.fails(one, plain, tmp_path, *flags)
+    assert (out / "notes.txt").read_text() == "mine" and two.exists()
+
+
+def test_a_failure_while_writing_leaves_what_was_there(models, run, tmp_path, monkeypatch):
+    path, out = write_jsonl(tmp_path / "rows.jsonl", ROWS), tmp_path / "out"
+    first = run(path, models / "plain", out)
+
+    def full(self, *args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        assert "No space left" in run.fails(path, models / "plain", out, "--overwrite")
+        assert "No space left" in run.fails(path, models / "plain", tmp_path / "other")
+    assert {path.name for path in tmp_path.iterdir()} == {"rows.jsonl", "out"}
+    assert read_jsonl(out / "train.jsonl") == first.rows["train"]
 
 
 # -------------------------------------------------------------------------------------------------- real data
-def gpt2_tokenizer():
-    folder = SHARED / "gpt2-tokenizer"
-    if not folder.exists():
+@pytest.fixture(scope="session")
+def gpt2(tmp_path_factory):
+    """A folder with GPT-2's tokenizer."""
+    if not (SHARED / "gpt2-tokenizer").exists():
         pytest.skip("GPT-2's tokenizer files are not here")
-    tokenizer = GPT2Tokenizer.from_pretrained(folder)
-    tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+    folder = tmp_path_factory.mktemp("gpt2")
+    GPT2Tokenizer.from_pretrained(SHARED / "gpt2-tokenizer").save_pretrained(folder)
+    return folder
 
 
-def test_real_hh_rlhf_rows(capsys):
-    """The raw file's quirks: 5 pairs whose prompts differ, 4 empty responses; everything else is used."""
+def test_real_hh_rlhf_rows(gpt2, run, tmp_path, monkeypatch):
+    """The raw file: 5 pairs whose prompts differ, 4 empty responses; all else is written, and read back."""
     path = SHARED / "hh_harmless_base_test.raw.jsonl.gz"
     if not path.exists():
         pytest.skip("the HH-RLHF rows are not here")
-    tokenizer = gpt2_tokenizer()
-    raw = [json.loads(line) for line in gzip.open(path, "rt", encoding="utf-8")]
-    examples, used, total, dropped = [], 0, 0, Counter()
-    for splits in (["train"], ["validation", "test"]):
-        part, eos_id = read(path, 2, tokenizer, splits)
-        numbers = counts(capsys)
-        used, total, dropped = used + numbers[0], total + numbers[1], dropped + Counter(numbers[2])
-        examples += part
-    assert total == len(raw) == 2312
-    assert dropped == {"prompts of chosen and rejected differ": 5, "empty response": 4}
+    monkeypatch.chdir(tmp_path)
+    out = run(path, gpt2, "data/hh").out
+    assert "2312 rows in = 2303 written + 9 dropped {'prompts differ': 5, 'empty response': 4}" in out
+    last = (
+        "data/hh: 2073 train, 115 validation, 115 test rows; next: python reward_model.py --dataset data/hh "
+    )
+    assert out.splitlines()[-1].startswith(last) and last in data.__doc__.replace(" ...", " ")
     expected = []
-    for row in raw:
-        (prompt, chosen), (other, rejected) = (
-            row[side].rsplit("\n\nAssistant:", 1) for side in ("chosen", "rejected")
-        )
-        if prompt == other and chosen.strip() and rejected.strip():
-            expected.append((prompt + "\n\nAssistant:", chosen, rejected))
-    assert [e["prompt"] for e in examples] == [prompt for prompt, *_ in expected]
-    for example, (prompt, *responses) in list(zip(examples, expected, strict=True))[::100]:
-        assert example["prompt_ids"] == tokenizer(prompt)["input_ids"]
-        assert [ids[-1] for ids in example["response_ids"]] == [eos_id] * 2
-        assert [tokenizer.decode(ids[:-1]) for ids in example["response_ids"]] == responses
-        assert responses[0].startswith(" "), "responses keep their leading space"
+    for row in map(json.loads, gzip.open(path, "rt", encoding="utf-8")):
+        texts = [row[side].rsplit("\n\nAssistant:", 1) for side in ("chosen", "rejected")]
+        if texts[0][0] == texts[1][0] and all(answer.strip() for _, answer in texts):
+            expected.append((texts[0][0] + "\n\nAssistant:", texts[0][1], texts[1][1]))
+    read = datasets.load_dataset(str(tmp_path / "data/hh"))
+    written = {split: [tuple(row.values()) for row in read[split]] for split in SPLITS}
+    assert Counter(sum(written.values(), [])) == Counter(expected)
+    train = set(written["train"])
+    assert written["train"] == [row for row in expected if row in train], "in their order"
+    prompts = [{row[0] for row in written[split]} for split in SPLITS]
+    assert len(set.union(*prompts)) == sum(map(len, prompts)), "no prompt in two splits"
 
 
-def test_real_gpt2_tokenizer():
-    """Known ids of GPT-2's vocabulary; its EOS (also BOS and pad) behind responses, not before prompts."""
-    row = {"prompt": "Hello world", "chosen": " yes", "rejected": " no"}
-    example = p3o.encode_row(row, 2, gpt2_tokenizer(), False, 50256, ROOMY)
-    assert example["prompt_ids"] == [15496, 995]
-    assert example["response_ids"] == [[3763, 50256], [645, 50256]]
+@pytest.mark.parametrize("name, rows", [("rt_polarity_eval", 1000), ("hh_harmless_eval", 278)])
+def test_real_rows_in_plain_columns_stay_as_they_are(name, rows, gpt2, run, tmp_path):
+    path = SHARED / f"{name}.jsonl"
+    if not path.exists():
+        pytest.skip("the real rows are not here")
+    done = run(path, gpt2, tmp_path / "out")
+    columns = list(done.all[0])
+    expected = [tuple(row[column] for column in columns) for row in read_jsonl(path)]
+    assert len(done.all) == rows and Counter(tuple(row.values()) for row in done.all) == Counter(expected)
+    assert done.about["eos_token"] == "<|endoftext|>"
 
 
-# ------------------------------------------------------------------------------------------------- data order
-@pytest.mark.parametrize("rows, size", [(10, 3), (10, 10), (7, 20), (1, 4), (64, 64)])
-def test_data_order_takes_each_row_once_per_pass(rows, size):
-    steps = [p3o.data_order(rows, size, step, 0) for step in range(1, 2 * rows + 2)]
-    assert all(len(step) == size for step in steps)
-    taken = sum(steps, [])
-    passes = [taken[first : first + rows] for first in range(0, len(taken) - rows + 1, rows)]
-    assert all(sorted(one) == list(range(rows)) for one in passes)
-    assert rows < 7 or len({tuple(one) for one in passes}) == len(passes), "each pass has an order of its own"
-
-
-def test_data_order_depends_on_seed_and_step_alone():
-    orders = {seed: [p3o.data_order(50, 8, step, seed) for step in range(1, 30)] for seed in (0, 1, 2)}
-    assert orders[0] != orders[1] != orders[2] != orders[0]
-    for step in (29, 3, 17):  # as a resumed run asks: without the steps before
-        assert p3o.data_order(50, 8, step, 1) == orders[1][step - 1]
+def test_real_texts_for_gpt2(gpt2, run, tmp_path):
+    """GPT-2 adds no BOS, but has one: before a text without prompt it stands, so that token 1 has a context."""
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"text": f"Hello world {i}"} for i in range(5)])
+    done = run(path, gpt2, tmp_path / "out")
+    assert {row["prompt"] for row in done.all} == {"<|endoftext|>"}
+    path = write_jsonl(
+        tmp_path / "pairs.jsonl", [{"prompt": f"Hi {i}", "completion": " yes"} for i in range(5)]
+    )
+    assert {row["prompt"] for row in run(path, gpt2, tmp_path / "pairs").all} == {f"Hi {i}" for i in range(5)}
 
 
 # ------------------------------------------------------------------------------------------------------- fuzz
@@ -451,19 +812,7 @@ ALPHABETS = [
     [chr(c) for c in range(0, 32)] + ["\x7f", "\x85", "\x9b", "\u2028", "\u2029", "\ufeff"],
     ["\u0301", "\u200d", "\u202e", "\u2066", "\u00ad", "\U000e0041", "\ufe0f", "\u20e3"],
     ["é", "ß", "İ", "日", "本", "한", "ا", "ש", "ก", "\U0001f469", "\U0001f3fd", "\U0001f1e9", "𝔄", "ﬁ"],
-    ["\ue000", "\uffff", "\ufdd0", "\U0010ffff", "\U000f0000", "\ufffd"],
-    [
-        "<s>",
-        "</s>",
-        "<|im_end|>",
-        "<|im_start|>",
-        "\n\nAssistant:",
-        "\n\nHuman:",
-        "{{",
-        "{% raw %}",
-        "%s",
-        "\\n",
-    ],
+    ["<s>", "</s>", "<|im_end|>", "<|im_start|>", "\n\nAssistant:", "{{", "{% raw %}", "%s", "\\n"],
 ]
 
 
@@ -486,112 +835,39 @@ def random_junk(rng):
     return rng.choice(choices)
 
 
-def random_chat(rng, start=()):
-    turns = list(start) + [
-        rng.choice([user, assistant])(random_text(rng)) for _ in range(rng.randrange(0, 4))
-    ]
-    return turns + [assistant(random_text(rng))] * (rng.random() < 0.8)
-
-
 def random_row(rng, columns):
     """A row with these columns; each value right, wrong in kind, or wrong in content."""
-    chat, shared = rng.random() < 0.4, [user(random_text(rng))]
+    chat, shared, row = rng.random() < 0.4, [user(random_text(rng))], {}
     start = random_text(rng) + "\n\nAssistant:"
-    row = {}
     for column in columns:
         if rng.random() < 0.15:
             row[column] = random_junk(rng)
         elif chat:
-            row[column] = random_chat(rng, shared if rng.random() < 0.7 else ())
-        else:
-            row[column] = start * (columns == ("chosen", "rejected")) * (rng.random() < 0.8) + random_text(
-                rng
+            turns = [rng.choice([user, assistant])(random_text(rng)) for _ in range(rng.randrange(0, 4))]
+            row[column] = (
+                shared * (rng.random() < 0.7) + turns + [assistant(random_text(rng))] * (rng.random() < 0.8)
             )
+        else:
+            row[column] = start * (columns[0] == "chosen") * (rng.random() < 0.8) + random_text(rng)
     return row
 
 
-def check_example(example, row, n, tokenizer, eos_id, args):
-    """What an accepted row must look like."""
-    assert isinstance(example["prompt"], str) and 1 <= len(example["prompt_ids"]) <= args.prompt_length
-    assert len(example["response_ids"]) == n
-    for ids in example["response_ids"]:
-        assert 2 <= len(ids) <= args.response_length
-        assert ids[-1] == eos_id or len(ids) == args.response_length
-        assert all(type(i) is int and 0 <= i < len(tokenizer) for i in example["prompt_ids"] + ids)
-    assert n < 2 or example["response_ids"][0] != example["response_ids"][1]
-    assert all(isinstance(value, str | list) for value in row.values()), "not text, and yet accepted"
-
-
-class Rows(list):
-    """As much of a datasets.Dataset as the loader uses."""
-
-    column_names = property(lambda self: list(self[0]))
-
-    def select_columns(self, columns):
-        return Rows({column: row[column] for column in columns} for row in self)
-
-
-@pytest.mark.parametrize("tokenizer", [PLAIN, CHAT], ids=["plain", "chat"])
-def test_fuzz_rows(tokenizer, monkeypatch, capsys):
-    """Random rows: encode_row gives an example or a ValueError, and the log accounts for every row."""
-    rng, args = random.Random(0), SimpleNamespace(prompt_length=60, response_length=12)
-    outcomes = Counter()
-    for trial in range(250):
-        columns, most = rng.choice([f for f in p3o.FORMATS])
-        n = rng.randrange(0, most + 1) if columns != ("text",) else 1
-        rows = Rows(random_row(rng, columns) for _ in range(rng.randrange(1, 12)))
-        chat, eos_id = rng.random() < 0.5, rng.choice([tokenizer.eos_token_id, len(tokenizer) - 1])
-        for row in rows:
-            before = repr(row)
-            try:
-                example = p3o.encode_row(row, n, tokenizer, chat, eos_id, args)
-            except ValueError as error:
-                outcomes[str(error).splitlines()[0]] += 1
-            else:
-                check_example(example, row, n, tokenizer, eos_id, args)
-                outcomes["used"] += 1
-            assert repr(row) == before, "the row was changed"
-        monkeypatch.setattr(p3o, "open_split", lambda name, splits: (rows, splits[0]))
-        try:
-            examples, eos_id = read("fuzz", n, tokenizer, args=args)
-        except p3o.RunError as error:
-            assert "0 of" in str(error) or "holds conversations" in str(error)
-            capsys.readouterr()
-        else:
-            used, total, _ = counts(capsys)
-            assert used == len(examples) and total == len(rows)
-            for example in examples:
-                check_example(example, {}, n, tokenizer, eos_id, args)
-    assert outcomes["used"] > 150 and len(outcomes) >= 5, outcomes
-
-
-def test_fuzz_files(tmp_path, capsys):
-    """The same through the real readers: the log accounts for every row of the file, whatever was in it."""
-    rng, args, read_in = random.Random(1), SimpleNamespace(prompt_length=60, response_length=12), 0
-    for trial in range(25):
-        columns, most = rng.choice([f for f in p3o.FORMATS])
-        rows = [random_row(rng, columns) for _ in range(rng.randrange(2, 12))]
-        path = write_jsonl(tmp_path / f"{trial}.jsonl", rows)
-        try:
-            examples, eos_id = read(path, min(most, 1), CHAT, args=args)
-        except p3o.RunError as error:
-            assert "; " in str(error) and "\n" not in str(error)
-            capsys.readouterr()
-        else:
-            used, total, _ = counts(capsys)
-            assert total == len(rows) - 1 and used == len(examples), "one row is held out"
-            read_in += 1
-    assert read_in > 5
-
-
-# -------------------------------------------------------------------------------------------------- printable
-def test_printable_keeps_control_characters_away():
-    """No character of Unicode that could drive a terminal or turn the line gets through; the others stay."""
-    for first in (*range(0, 0x20000, 4096), 0xE0000, 0xF0000, 0x10F000):
-        text = "".join(map(chr, range(first, first + 4096)))
-        result = p3o.printable(text)
-        assert all(unicodedata.category(c)[0] != "C" and c not in "\u2028\u2029" for c in result)
-        assert result.isprintable()
-    assert p3o.printable("\x1b[2J\r\n\u202e") == r"\x1b[2J\r\n\u202e"
-    for text in ("plain", "é 日本 \U0001f600", 'it\'s "quoted"', "back\\slash"):
-        assert p3o.printable(text) == text
+def test_fuzz(models):
+    """Whatever is in a row: it is written as texts a model can be trained on, or counted with a reason."""
+    rng, reasons, used = random.Random(0), Counter(), 0
+    tokenizers = [data.AutoTokenizer.from_pretrained(models / name) for name in ("bos", "chat")]
+    for trial in range(400):
+        columns = rng.choice(data.FORMATS).split("+")
+        rows = [random_row(rng, columns) for _ in range(rng.randrange(1, 12))]
+        before, tokenizer, chat = repr(rows), tokenizers[trial % 2], rng.random() < 0.5
+        eos = None if chat else tokenizer.eos_token
+        written, dropped, eos = data.convert(rows, chat, eos, tokenizer)
+        assert len(written) + sum(dropped.values()) == len(rows) and repr(rows) == before
+        for row in written:
+            assert list(row) in data.WRITTEN and row["prompt"]
+            responses = list(row.values())[1:]
+            assert all(isinstance(text, str) and text.strip() and eos not in text for text in responses)
+            assert len(set(responses)) == len(responses)
+        reasons.update(dropped)
+        used += len(written)
+    assert used > 300 and len(reasons) >= 8, (used, reasons)

@@ -7,12 +7,12 @@ model whose responses can be enumerated, and one unpadded forward pass per respo
 import itertools
 import json
 import math
-from types import SimpleNamespace
+import signal
 
 import pytest
 import torch
-from conftest import run_script
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from conftest import word_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, HfArgumentParser
 
 import dpo
 
@@ -170,6 +170,9 @@ def test_population_loss_is_least_at_the_gibbs_optimum(beta):
 # ----------------------------------------------------------------------------------------- pairs and batches
 
 
+TOKENIZER = word_tokenizer(20)
+
+
 def small_model(seed):
     torch.manual_seed(seed)
     config = GPT2Config(vocab_size=20, n_positions=32, n_embd=16, n_layer=2, n_head=2, initializer_range=0.3)
@@ -184,8 +187,8 @@ def random_examples(B, seed=0):
 
 
 def batch_args(micro_batch_size, **more):
-    numbers = {"temperature": 0.7, "beta": BETA, "max_grad_norm": 1e9, "output_dir": "nowhere"} | more
-    return SimpleNamespace(device="cpu", micro_batch_size=micro_batch_size, **numbers)
+    numbers = {"temperature": 0.7, "beta": BETA, "max_grad_norm": 1e9} | more
+    return dpo.Args(device="cpu", micro_batch_size=micro_batch_size, **numbers)
 
 
 def lone_logp(model, prompt, response, temperature):
@@ -212,13 +215,12 @@ def naive_gradient(policy, reference, examples, args):
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 4, 5])  # of 5 pairs: 4 leaves a short last one
 def test_micro_batches_add_up_to_the_gradient_of_the_pairs(micro_batch_size):
     policy, reference, examples, args = small_model(1), small_model(2), random_examples(8), batch_args(2)
-    batch, seconds = dpo.read_pairs(reference, examples, 0, args)
+    batch = dpo.read_pairs(reference, examples, TOKENIZER, args)
     args, pairs = batch_args(micro_batch_size), torch.tensor([6, 1, 7, 0, 3])
     loss, expected = naive_gradient(policy, reference, [examples[p] for p in pairs], args)
     before = [p.detach().clone() for p in policy.parameters()]
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.1)  # its step shows the gradient
     metrics = dpo.update_on_pairs(policy, optimizer, batch, pairs, 1, args)
-    assert set(seconds) == {"seconds_score"}
     assert metrics["loss"] == pytest.approx(loss, rel=1e-5)
     for was, now, grad in zip(before, policy.parameters(), expected, strict=True):
         torch.testing.assert_close((was - now.detach()) / 0.1, grad, rtol=1e-4, atol=2e-5)
@@ -229,7 +231,7 @@ def test_micro_batches_add_up_to_the_gradient_of_the_pairs(micro_batch_size):
 
 def test_the_gradient_norm_is_clipped():
     policy, reference, args = small_model(1), small_model(2), batch_args(4, max_grad_norm=0.01)
-    batch, _ = dpo.read_pairs(reference, random_examples(4), 0, args)
+    batch = dpo.read_pairs(reference, random_examples(4), TOKENIZER, args)
     before = torch.cat([p.detach().flatten().clone() for p in policy.parameters()])
     optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
     assert dpo.update_on_pairs(policy, optimizer, batch, torch.arange(4), 1, args)["grad_norm"] > 0.1
@@ -239,7 +241,7 @@ def test_the_gradient_norm_is_clipped():
 
 def test_held_out_metrics_are_means_over_all_pairs():
     policy, reference, examples, args = small_model(1), small_model(2), random_examples(7), batch_args(3)
-    metrics = dpo.evaluate_pairs((policy, reference), examples, 0, args)
+    metrics = dpo.evaluate_pairs((policy, reference), examples, TOKENIZER, args)
     ratios = [
         [lone_logp(m, e["prompt_ids"], y, args.temperature).item() for m in (policy, reference)]
         for e in examples
@@ -250,26 +252,39 @@ def test_held_out_metrics_are_means_over_all_pairs():
     assert metrics["eval_accuracy"] == pytest.approx(sum(m > 0 for m in margins) / 7)
     assert metrics["eval_loss"] == pytest.approx(sum(math.log1p(math.exp(-m)) for m in margins) / 7, rel=1e-4)
     assert metrics["eval_logp_rejected"] == pytest.approx(sum(r[0] for r in ratios[1::2]) / 7, rel=1e-4)
-    assert dpo.evaluate_pairs((policy, reference), [], 0, args) == {}
+    assert dpo.evaluate_pairs((policy, reference), [], TOKENIZER, args) == {}
+
+
+def scored(score):
+    """A batch of these scores, whose other tensors hold the numbers of their rows."""
+    rows = torch.arange(len(score))
+    return {"score": score, "ended": rows > 0} | {
+        name: rows[:, None] for name in (*dpo.TOKENS, "logp_ref_tok")
+    }
+
+
+def order_of(batch):
+    """Numbers of the rows in a ranked batch, the same in every tensor."""
+    assert set(batch) == {*dpo.TOKENS, "logp_ref_tok"}
+    (order,) = {tuple(x.flatten().tolist()) for x in batch.values()}
+    return order
 
 
 def test_the_higher_score_comes_first_and_ties_keep_their_order():
     score = torch.tensor([1.0, 2.0, 5.0, -1.0, 3.0, 3.0, 1e9, 1e9 + 0.5], dtype=torch.float64)
-    batch = {"score": score, "response_ids": torch.arange(8)[:, None], "ended": torch.arange(8) == 1}
-    ranked = dpo.rank_pairs(batch)
-    assert ranked["response_ids"].flatten().tolist() == [1, 0, 2, 3, 4, 5, 7, 6]
-    assert ranked["score"].tolist() == [2, 1, 5, -1, 3, 3, 1e9 + 0.5, 1e9]
-    assert ranked["ended"].tolist() == [True] + [False] * 7
+    assert order_of(dpo.rank_pairs(scored(score))) == (1, 0, 2, 3, 4, 5, 7, 6)
 
 
 def test_sampled_labels_follow_bradley_terry():
-    """Odds of 1, 3 and 1/9 of the first response, 10000 pairs each; the scores move with their responses."""
+    """Odds of 1, 3 and 1/9 of the first response, 10000 pairs each."""
     pairs = torch.tensor([[0.0, 0.0], [math.log(3), 0.0], [7.0, 7.0 + math.log(9)]], dtype=torch.float64)
-    score, ids = pairs.repeat(10000, 1).flatten(), torch.arange(60000)[:, None]
     torch.manual_seed(0)
-    ranked = dpo.rank_pairs({"score": score, "response_ids": ids}, labels="sampled")
-    assert torch.equal(ranked["score"], score[ranked["response_ids"].flatten()])
-    first_won = (ranked["response_ids"].view(10000, 3, 2)[:, :, 0] % 2 == 0).double().mean(0)
+    order = torch.tensor(order_of(dpo.rank_pairs(scored(pairs.repeat(10000, 1).flatten()), labels="sampled")))
+    chosen, rejected = order.view(-1, 2).unbind(1)
+    assert torch.equal(chosen // 2, torch.arange(30000)) and torch.equal(
+        chosen + rejected, 4 * (chosen // 2) + 1
+    )
+    first_won = (chosen % 2 == 0).view(10000, 3).double().mean(0)
     assert first_won.tolist() == pytest.approx([1 / 2, 3 / 4, 1 / 10], abs=4 * 0.5 / 100)
 
 
@@ -278,7 +293,7 @@ def test_identical_responses_give_no_gradient():
     examples = random_examples(2)
     for e in examples:
         e["response_ids"][1] = e["response_ids"][0]
-    batch, _ = dpo.read_pairs(reference, examples, 0, args)
+    batch = dpo.read_pairs(reference, examples, TOKENIZER, args)
     optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
     assert dpo.update_on_pairs(policy, optimizer, batch, torch.arange(2), 1, args)["grad_norm"] < 1e-6
 
@@ -308,16 +323,16 @@ def preferences(chain, tmp_path):
 def train(chain, folder, monkeypatch, *flags):
     """dpo.py's main in this process, on the command line `flags`; metrics.jsonl as a list."""
     monkeypatch.chdir(chain)
+    monkeypatch.setattr(signal, "signal", lambda *ignored: None)  # pytest keeps its own handlers
     torch.seed()  # a run must not depend on the random state that it finds
     flags = [str(flag) for flag in (*SMALL, "--output_dir", folder, *flags)]
-    args = dpo.HfArgumentParser(dpo.Args).parse_args_into_dataclasses(flags)[0]
+    args = HfArgumentParser(dpo.Args).parse_args_into_dataclasses(flags)[0]
     dpo.main(args)
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def flags_of(mode, chain, tmp_path):
-    small = ["--dataset", preferences(chain, tmp_path), "--eval_dataset", "data/toy/prompts"]
-    return [*small, *ONLINE] if mode == "online" else small
+    return ["--dataset", preferences(chain, tmp_path), *(ONLINE if mode == "online" else [])]
 
 
 @pytest.mark.parametrize("mode", ["offline", "online"])
@@ -345,11 +360,11 @@ def test_a_run_keeps_its_promises_and_resumes_bit_for_bit(mode, chain, tmp_path,
     end_step = dpo.end_step
 
     def interrupt(args, step, *rest):
-        dpo.received_signals[:] = [15] if step == 2 else []
+        dpo.stop_signals[:] = [15] if step == 2 else []
         end_step(args, step, *rest)
 
     monkeypatch.setattr(dpo, "end_step", interrupt)
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit, match="143"):
         train(chain, halves, monkeypatch, "--steps", 4, *flags)
     resumed = train(chain, halves, monkeypatch, "--steps", 4, "--resume", *flags)
     assert (halves / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
@@ -363,15 +378,15 @@ def test_a_run_keeps_its_promises_and_resumes_bit_for_bit(mode, chain, tmp_path,
 
 
 def test_held_out_prompts_and_first_samples_are_the_same_in_both_modes(chain, tmp_path, monkeypatch):
-    """And those of p3o.py: the first rows of the validation split of data/toy/prompts."""
-    small, samples = flags_of("offline", chain, tmp_path), []
-    flags = {"offline": small, "online": [*small, *ONLINE]}
-    for mode in flags:
-        train(chain, tmp_path / mode, monkeypatch, "--steps", 1, *flags[mode])
-        lines = (tmp_path / mode / "samples.jsonl").read_text().splitlines()
+    """The first rows of the validation split, and the answers that the SFT model gives to them."""
+    flags = flags_of("offline", chain, tmp_path)
+    samples = []
+    for mode in ([], ONLINE):
+        train(chain, tmp_path / f"run{len(samples)}", monkeypatch, "--steps", 1, *flags, *mode)
+        lines = (tmp_path / f"run{len(samples)}" / "samples.jsonl").read_text().splitlines()
         samples.append([json.loads(line) for line in lines][:12])
-    prompts = (chain / "data/toy/prompts/validation.jsonl").read_text().splitlines()[:12]
-    assert [row["prompt"] for row in samples[0]] == [json.loads(line)["prompt"] for line in prompts]
+    rows = (tmp_path / "preferences/validation.jsonl").read_text().splitlines()[:12]
+    assert [row["prompt"] for row in samples[0]] == [json.loads(line)["prompt"] for line in rows]
     assert samples[0] == samples[1]
 
 
@@ -396,32 +411,30 @@ def test_offline_steps_are_passes_over_the_data(chain, tmp_path, monkeypatch):
 @pytest.mark.parametrize("online", [True, False])
 def test_defaults_by_mode(online):
     args = dpo.Args(online=online)
-    dpo.check_mode(args)
+    dpo.set_mode(args)
     assert args.output_dir == ("out/dpo_online" if online else "out/dpo")
     assert args.dataset == ("data/toy/prompts" if online else "data/toy/preferences")
-    assert args.eval_dataset == "data/toy/prompts"
-    assert args.epochs == (2 if online else 1)
-    args = dpo.Args(online=online, dataset="mine", output_dir="here", epochs=5)
-    dpo.check_mode(args)
-    assert (args.dataset, args.eval_dataset, args.output_dir, args.epochs) == ("mine", "mine", "here", 5)
+    assert args.epochs == (2 if online else 1) and args.steps == (60 if online else None)
+    assert args.prompts_per_step == (64 if online else 32), "offline a step is a minibatch"
+    given = {"dataset": "mine", "output_dir": "here", "epochs": 5, "steps": 7}
+    args = dpo.Args(online=online, **given)
+    dpo.set_mode(args)
+    assert {name: getattr(args, name) for name in given} == given
 
 
 WRONG = [
-    (["--beta", 0], "beta"),
-    (["--dataset", "data/toy/prompts"], r"expected prompt\+chosen\+rejected"),
-    (["--minibatch_size", 32, "--micro_batch_size", 5], "divide"),
+    (["--beta", 0], "--beta 0.0 is out of range"),
+    (["--dataset", "data/toy/prompts"], "cannot read data set 'data/toy/prompts'"),
+    (["--online", "--minibatch_size", 5], "--minibatch_size does not divide --prompts_per_step 64"),
     (["--epochs", 0], "--epochs 0 is out of range"),
 ]
 
 
 @pytest.mark.parametrize("flags, words", WRONG)
-def test_wrong_input_is_refused_before_anything_is_written(flags, words, chain, tmp_path, monkeypatch):
-    with pytest.raises(dpo.RunError, match=words):
+def test_wrong_input_is_refused_before_anything_is_written(
+    flags, words, chain, tmp_path, monkeypatch, capsys
+):
+    with pytest.raises(SystemExit, match="2"):
         train(chain, tmp_path / "run", monkeypatch, *flags)
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {words}")
     assert not (tmp_path / "run").exists()
-
-
-def test_a_failure_is_one_line_on_the_command_line(chain, tmp_path):
-    done = run_script("dpo.py", "--beta", 0, "--output_dir", tmp_path / "run", cwd=chain)
-    assert done.returncode == 2 and not (tmp_path / "run").exists()
-    assert done.stderr.startswith("error: --beta 0.0 ") and len(done.stderr.splitlines()) == 1

@@ -1,24 +1,24 @@
-"""The judge of evaluate.py against a real HTTP server on loopback: fair, biased, silly or failing."""
+"""judge.py against a real HTTP server on loopback: fair, biased, silly or failing. HF_HUB_OFFLINE is set."""
 
+import itertools
 import json
+import os
 import re
-import shutil
+import signal
+import statistics
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-import huggingface_hub.constants
 import pytest
+import torch
+from conftest import ROOT, run_script
 
-import evaluate
-from evaluate import RunError
+import judge
 
 KEY = "sk-very-secret-0123456789"
-SHOWN = re.compile(r"<response_A>\n(.*)\n</response_A>\n<response_B>\n(.*)\n</response_B>", re.DOTALL)
-EXAMPLES = [{"prompt": f"prompt {i} with {{braces}}"} for i in range(6)]
-POLICIES = {  # of two responses to a prompt only the first is judged; good ones are longer
-    "sft": {"text": ["bad", "never shown"] * 6},
-    "p3o": {"text": ["a much better one", "never shown"] * 6},
-}
+SHOWN = re.compile(r"<response_A>(.*)</response_A>\n<response_B>(.*)</response_B>", re.DOTALL)
+GOOD_AND_BAD = {"sft": ["bad", "poor"] * 6, "p3o": ["a much better one", "a much, much better one"] * 6}
 
 
 def fair(first, second, n):
@@ -26,24 +26,30 @@ def fair(first, second, n):
 
 
 class Server:
-    """A chat endpoint that answers judge(first, second, number of the request); an int is an HTTP status."""
+    """A chat endpoint that answers judge(first, second, number of the request): a text, a list of parts, or
+    (status, text); after `delay` seconds."""
 
-    def __init__(self, judge):
-        self.judge, self.requests, self.headers = judge, [], []
+    def __init__(self, judge, delay=0.0):
+        self.judge, self.requests, self.headers, self.at_once, lock = judge, [], [], [0, 0], threading.Lock()
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                outer.requests.append(body)
-                outer.headers.append({name.lower(): value for name, value in self.headers.items()})
-                content = body["messages"][-1]["content"]
-                verdict = outer.judge(*SHOWN.search(content).groups(), len(outer.requests))
+                with lock:
+                    outer.requests.append(body)
+                    outer.headers.append({name.lower(): value for name, value in self.headers.items()})
+                    outer.at_once = [outer.at_once[0] + 1, max(outer.at_once[1], outer.at_once[0] + 1)]
+                    content = body["messages"][-1]["content"]
+                    verdict = outer.judge(*SHOWN.search(content).groups(), len(outer.requests))
+                time.sleep(delay)
                 message = {"role": "assistant", "content": verdict}
                 answer = {"choices": [{"index": 0, "finish_reason": "stop", "message": message}]}
                 answer |= {"id": "1", "object": "chat.completion", "created": 0, "model": body["model"]}
-                text = f"no, {KEY}" if isinstance(verdict, int) else json.dumps(answer)
-                self.send_response(verdict if isinstance(verdict, int) else 200)
+                status, text = verdict if isinstance(verdict, tuple) else (200, json.dumps(answer))
+                with lock:
+                    outer.at_once[0] -= 1
+                self.send_response(status)
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(text)))
                 self.end_headers()
@@ -54,83 +60,147 @@ class Server:
 
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+        self.close = self.http.server_close
+        threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
 
 
 @pytest.fixture
 def serve(monkeypatch):
-    """Starts a Server; waits between attempts are recorded in server.waits, not waited."""
-    servers, waits = [], []
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)  # no request leaves the machine
-    monkeypatch.setattr(evaluate.time, "sleep", waits.append)
+    """Starts a Server. Questions come one by one, and again after a moment, unless a test says otherwise."""
+    servers = []
+    monkeypatch.setattr(judge, "JUDGE_WAITS", (0.01, 0.02, 0.03))
+    monkeypatch.setattr(judge, "JUDGE_WORKERS", 1)
     monkeypatch.setenv("JUDGE_API_KEY", KEY)
 
-    def start(judge):
-        servers.append(Server(judge))
-        servers[-1].waits = waits
+    def start(*args, **options):
+        servers.append(Server(*args, **options))
         return servers[-1]
 
     yield start
     for server in servers:
         server.http.shutdown()
-        server.http.server_close()
+        server.close()
 
 
-def ask_all(server, folder, policies=POLICIES, **options):
-    args = evaluate.Args(
-        output_dir=str(folder),
-        dataset="no/toy",
-        samples_per_prompt=2,
-        judge_base_url=server.url,
-        judge_model="some/judge",
-        **options,
-    )
-    return evaluate.judge_all(policies, EXAMPLES, args)
+def write_answers(folder, texts, S=2, gold=False):
+    """answers.jsonl and meta.json, as far as judge.py reads them; texts: {policy: [responses]}, S a prompt."""
+    rows = []
+    for name, responses in texts.items():
+        for i, text in enumerate(responses):
+            row = {"policy": name, "prompt_id": i // S, "prompt": f"prompt {i // S} with {{braces}}"}
+            row |= {"response": text, "reward": 0.0, "logp": dict.fromkeys(texts, -1.0), "kl_exact": 0.0}
+            rows.append(row | {"length": 3, "ended": True} | ({"gold_reward": 1.0} if gold else {}))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    meta = {"samples_per_prompt": S, "policies": {name: f"out/{name}" for name in texts if name != "sft"}}
+    (folder / "meta.json").write_text(json.dumps(meta))
 
 
-def test_a_fair_judge_sees_both_orders_and_finds_the_better_policy(serve, tmp_path):
+def ask(server, folder, texts=GOOD_AND_BAD, S=2, gold=False, **options):
+    """main on answers that are these texts; judge.json."""
+    write_answers(folder, texts, S, gold)
+    judge.main(judge.Args(str(folder), server.url, **{"judge_model": "some/judge"} | options))
+    text = (folder / "judge.json").read_text()
+    assert "NaN" not in text
+    return json.loads(text)
+
+
+def fails(capsys, server, folder, **options):
+    """The one line in which main ends, and its status."""
+    with pytest.raises(SystemExit) as error:
+        ask(server, folder, **options)
+    printed = capsys.readouterr()
+    assert printed.err.startswith("error: ") and printed.err.count("\n") == 1 and KEY not in printed.err
+    assert not (folder / "judge.json").exists()
+    return printed.err, error.value.code
+
+
+def contents(server):
+    return [body["messages"][-1]["content"] for body in server.requests]
+
+
+def rate(result, a="p3o", b="sft"):
+    return result["policies"][a]["win_rate_vs"][b]
+
+
+# ------------------------------------------------------------------------------------------------- win rates
+def test_a_fair_judge_sees_all_responses_in_both_orders_and_finds_the_better_policy(serve, tmp_path, capsys):
     server = serve(fair)
-    result = ask_all(server, tmp_path)
-    assert result["win_rate_vs"]["p3o"]["sft"][0] == 1.0 and result["win_rate_vs"]["sft"]["p3o"][0] == 0.0
-    assert (result["pairs"], result["unparsable"], result["requests"]) == (6, 0, 12) and len(
-        server.requests
-    ) == 12
-    contents = [body["messages"][-1]["content"] for body in server.requests]
-    orders = [SHOWN.search(content).groups() for content in contents]
-    assert orders.count(("bad", "a much better one")) == orders.count(("a much better one", "bad")) == 6
-    assert all("prompt 3 with {braces}" in content for content in contents[6:8])
-    assert {body["model"] for body in server.requests} == {"some/judge"}
+    texts = {"sft": [f"bad {i}" for i in range(12)], "p3o": [f"much better {i}" for i in range(12)]}
+    result = ask(server, tmp_path, texts)
+    assert rate(result) == [1.0, 1.0, 1.0] and rate(result, "sft", "p3o") == [0.0, 0.0, 0.0]
+    assert (result["model"], result["pairs"], result["unparsable"]) == ("some/judge", 12, 0)
+    shown = [SHOWN.search(text).groups() for text in contents(server)]
+    pairs = list(zip(texts["p3o"], texts["sft"]))
+    assert len(shown) == 24 and set(shown) == {*pairs, *((b, a) for a, b in pairs)}
+    assert all("prompt 3 with {braces}" in text for text in contents(server)[6:8])
+    sent = {"model": "some/judge", "stream": False}  # no temperature, which some judges refuse
+    assert all(body | sent == body and set(body) == {*sent, "messages"} for body in server.requests)
+    assert "p3o against sft: 1.000 [1.000, 1.000], ties 0.000" in capsys.readouterr().out
+    report = (tmp_path / "judge.md").read_text()
+    assert "some/judge" in report and "- p3o against sft: 1.000" in report and "12 pairs, 0 of them" in report
 
 
 @pytest.mark.parametrize("place", ["A", "B"])
 def test_a_preference_for_a_place_cancels(serve, tmp_path, place):
-    result = ask_all(serve(lambda *_: place), tmp_path)
-    rate, low, high = result["win_rate_vs"]["p3o"]["sft"]
-    assert rate == 0.5 and low < 0.5 < high and result["unparsable"] == 0
+    result = ask(serve(lambda *_: place), tmp_path)
+    assert rate(result) == [0.5, 0.5, 0.5] and result["policies"]["sft"]["tie_rate_vs"]["p3o"] == 1.0
 
 
 def test_a_biased_judge_that_sees_a_difference_still_counts(serve, tmp_path):
-    """It says A unless B is much longer: 2 pairs won in both orders, 4 decided by the place alone."""
-    policies = {"a": {"text": ["x" * 90, ""] * 2 + ["xx", ""] * 4}, "b": {"text": ["x", ""] * 6}}
-    result = ask_all(serve(lambda a, b, _: "B" if len(b) > 50 else "A"), tmp_path, policies)
-    assert result["win_rate_vs"]["a"]["b"][0] == pytest.approx((2 + 4 / 2) / 6)
+    """It says A unless B is much longer: 2 pairs of 6 won in both orders, 4 decided by the place alone."""
+    texts = {"sft": ["x"] * 6, "a": ["x" * 90] * 2 + ["xx"] * 4}
+    result = ask(serve(lambda a, b, _: "B" if len(b) > 50 else "A"), tmp_path, texts, S=1)
+    assert rate(result, "a")[0] == pytest.approx((2 + 4 / 2) / 6)
+    assert result["policies"]["a"]["tie_rate_vs"]["sft"] == pytest.approx(4 / 6)
 
 
-def test_ties_count_half(serve, tmp_path):
-    policies = {name: {"text": ["same length", ""] * 6} for name in ("a", "b")}
-    assert ask_all(serve(fair), tmp_path, policies)["win_rate_vs"]["a"]["b"][0] == 0.5
-    server = serve(lambda a, b, n: "TIE" if len(a) > len(b) else "B")  # wins in one order, ties in the other
-    assert ask_all(server, tmp_path / "b")["win_rate_vs"]["p3o"]["sft"][0] == 1.0
+def test_ties_count_half_and_a_win_beside_a_tie_is_a_win(serve, tmp_path):
+    same = {name: ["same length"] * 6 for name in ("sft", "p3o")}
+    assert rate(ask(serve(fair), tmp_path, same)) == [0.5, 0.5, 0.5]
+    server = serve(lambda a, b, n: "TIE" if len(a) > len(b) else "B")
+    assert rate(ask(server, tmp_path / "b"))[0] == 1.0
 
 
-def test_nonsense_is_counted_and_never_guessed(serve, tmp_path):
-    result = ask_all(serve(lambda *_: "Response A is better, I think"), tmp_path)
-    assert result["unparsable"] == result["pairs"] == 6
-    assert result["win_rate_vs"]["p3o"]["sft"] == [None, None, None]
-    part = ask_all(serve(lambda a, b, n: "AB" if n in (2, 5) else fair(a, b, n)), tmp_path / "part")
-    assert part["unparsable"] == 2 and part["win_rate_vs"]["p3o"]["sft"][0] == 1.0
+def test_every_two_policies_meet_and_the_interval_is_over_prompts(serve, tmp_path):
+    """Against a naive count, with answers that differ from prompt to prompt."""
+    lengths = torch.randint(1, 9, (3, 24), generator=torch.Generator().manual_seed(0)).tolist()
+    texts = {name: ["x" * n for n in own] for name, own in zip(("sft", "a", "b"), lengths)}
+    result = ask(serve(fair), tmp_path, texts, S=3)
+    for a, b in itertools.permutations(texts, 2):
+        score = {True: 1.0, False: 0.0}
+        pairs = [0.5 if x == y else score[len(x) > len(y)] for x, y in zip(texts[a], texts[b])]
+        by_prompt = [statistics.mean(pairs[i : i + 3]) for i in range(0, 24, 3)]
+        value, low, high = rate(result, a, b)
+        assert value == pytest.approx(statistics.mean(pairs))
+        rows = torch.randint(8, (1000, 8), generator=torch.Generator().manual_seed(0)).tolist()
+        means = torch.tensor([statistics.mean(by_prompt[i] for i in row) for row in rows])
+        assert [low, high] == pytest.approx(means.quantile(torch.tensor([0.025, 0.975])).tolist(), abs=1e-5)
+        assert result["policies"][a]["tie_rate_vs"][b] == pytest.approx(pairs.count(0.5) / 24)
+    assert result["pairs"] == 3 * 24
 
 
+def test_fewer_samples_when_asked(serve, tmp_path):
+    server = serve(lambda a, b, n: "A" if "first" in a else "B")
+    texts = {"sft": ["x1", "y"] * 3, "p3o": ["first", "second"] * 3}
+    result = ask(server, tmp_path, texts, judge_samples=1)
+    assert result["pairs"] == 3 and rate(result)[0] == 1.0
+    assert not any("second" in body["messages"][0]["content"] for body in server.requests)
+
+
+def test_criteria(serve, tmp_path):
+    for folder, options, said in (
+        ("a", {}, "helpful, harmless"),
+        ("b", {"gold": True}, "the place and the aspect"),
+        ("c", {"judge_criteria": "length alone", "gold": True}, "What counts: length alone."),
+    ):
+        server = serve(fair)
+        result = ask(server, tmp_path / folder, **options)
+        assert all(said in body["messages"][0]["content"] for body in server.requests)
+        assert result["criteria"] in server.requests[0]["messages"][0]["content"]
+
+
+# --------------------------------------------------------------------------------------------------- verdicts
 def test_what_can_be_read():
     values = {
         "A": 1,
@@ -143,106 +213,210 @@ def test_what_can_be_read():
         '"TIE"': 0.5,
         "__B__": 0,
     }
-    assert {text: evaluate.parse_verdict(text) for text in values} == values
-    for text in ("", None, "C", "a", "A or B", "AB", "TIED", "Answer: A", "A is better", "A\nB", "I pick B"):
-        assert evaluate.parse_verdict(text) is None
+    values |= {"<think>A or B?\nB is longer.</think>\n\nA": 1, "no opening tag </think>**TIE**": 0.5}
+    assert {text: judge.parse_verdict(text) for text in values} == values
+    unreadable = ["", "C", "a", "A or B", "AB", "TIED", "Answer: A", "A is better", "A\nB", "I pick B"]
+    for text in [*unreadable, "<think>A", "<think>A</think>", "A</think>", "<think>B</think>A or B"]:
+        assert judge.parse_verdict(text) != judge.parse_verdict(text), text  # NaN
 
 
+def test_nonsense_is_counted_and_never_guessed(serve, tmp_path, capsys):
+    result = ask(serve(lambda *_: "Response A is better, I think"), tmp_path)
+    assert result["unparsable"] == result["pairs"] == 12 and rate(result) == [None, None, None]
+    assert "p3o against sft: -, ties -" in capsys.readouterr().out
+    texts = {"sft": [f"{i}" for i in range(12)], "p3o": [f"better {i}" for i in range(12)]}
+    server = serve(lambda a, b, n: "AB" if "3" in a or b == "5" else fair(a, b, n))
+    result = ask(server, tmp_path / "part", texts)
+    assert result["unparsable"] == 2 and rate(result)[0] == 1.0
+
+
+def test_answers_in_parts_and_empty_ones(serve, tmp_path):
+    def parts(a, b, n):
+        letter = fair(a, b, n)
+        return [
+            {"type": "thinking", "thinking": "B"},
+            {"type": "text", "text": letter[0]},
+            {"text": letter[1:]},
+        ]
+
+    assert rate(ask(serve(parts), tmp_path))[0] == 1.0
+    assert ask(serve(lambda *_: None), tmp_path / "b")["unparsable"] == 12
+
+
+# --------------------------------------------------------------------------------------------------- failures
 @pytest.mark.parametrize("status", [500, 429, 503, 408])
-def test_every_third_call_fails_and_is_asked_again(serve, tmp_path, status):
-    server = serve(lambda a, b, n: status if n % 3 == 0 else fair(a, b, n))
-    result = ask_all(server, tmp_path)
-    assert result["win_rate_vs"]["p3o"]["sft"][0] == 1.0 and result["unparsable"] == 0
-    assert result["requests"] == len(server.requests) == 17 and server.waits == [1.0] * 5
+def test_what_fails_now_and_then_is_asked_again(serve, tmp_path, status):
+    texts = {"sft": [f"{i}" for i in range(12)], "p3o": [f"better {i}" for i in range(12)]}
+    server = serve(lambda a, b, n: (status, "busy") if n % 3 == 0 else fair(a, b, n))
+    assert rate(ask(server, tmp_path, texts))[0] == 1.0
+    assert len(server.requests) == 24 + 11  # every third of 35
 
 
-def test_retries_wait_longer_each_time_and_end(serve, tmp_path):
-    server = serve(lambda *_: 500)
-    with pytest.raises(RunError) as error:
-        ask_all(server, tmp_path)
-    assert len(server.requests) == 6 and server.waits == [1, 2, 4, 8, 16]
-    assert error.value.status == 1 and "run again" in str(error.value) and "\n" not in str(error.value)
+def test_it_waits_longer_each_time_and_ends(serve, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(judge, "JUDGE_WAITS", (0.02, 0.04, 0.08))
+    server, start = serve(lambda *_: (500, "out of order")), time.perf_counter()
+    line, status = fails(capsys, server, tmp_path)
+    assert len(set(contents(server)[:4])) == 1 and len(server.requests) <= 5  # the fifth: another question
+    assert status == 1 and time.perf_counter() - start > 0.14
+    assert (
+        "HTTP 500: out of order" in line and "run again" in line and "judge.jsonl keeps its answers" in line
+    )
 
 
 @pytest.mark.parametrize("status", [401, 404, 400])
-def test_a_wrong_key_or_name_is_not_asked_again(serve, tmp_path, status):
-    server = serve(lambda *_: status)
-    with pytest.raises(RunError, match="JUDGE_API_KEY") as error:
-        ask_all(server, tmp_path)
-    assert len(server.requests) == 1 and error.value.status == 2 and KEY not in str(error.value)
+def test_a_wrong_key_or_name_is_not_asked_again_and_the_server_says_why(serve, tmp_path, capsys, status):
+    reason = json.dumps({"error": {"message": f"no such model,\n{KEY} or not"}})
+    server = serve(lambda *_: (status, reason))
+    line, code = fails(capsys, server, tmp_path)
+    assert len(set(contents(server))) == len(server.requests) <= 2
+    assert code == 1 and f"HTTP {status}: " in line and "no such model" in line
 
 
-def test_no_server_is_one_line(serve, tmp_path):
+def test_a_refused_question_is_unparsable_once_others_were_answered(serve, tmp_path):
+    texts = {"sft": [f"{i}" for i in range(12)], "p3o": [f"better {i}" for i in range(12)]}
+    server = serve(lambda a, b, n: (400, "content filter") if "7" in a else fair(a, b, n))
+    result = ask(server, tmp_path, texts)
+    assert result["unparsable"] == 1 and rate(result)[0] == 1.0 and len(server.requests) == 24
+    assert "content filter" in (tmp_path / "judge.jsonl").read_text()
+
+
+def test_no_server_is_one_line(serve, tmp_path, capsys):
     server = serve(fair)
-    server.http.server_close()
-    with pytest.raises(RunError, match="the judge fails"):
-        ask_all(server, tmp_path)
-    assert len(server.waits) == 5
+    server.http.shutdown()
+    server.close()
+    line, status = fails(capsys, server, tmp_path)
+    assert status == 1 and "ConnectError" in line
 
 
-def test_an_interrupted_evaluation_pays_nothing_twice(serve, tmp_path):
-    broken = serve(lambda a, b, n: 500 if n > 7 else fair(a, b, n))
-    with pytest.raises(RunError):
-        ask_all(broken, tmp_path)
+def test_many_at_once_lose_nothing(serve, tmp_path, monkeypatch):
+    monkeypatch.setattr(judge, "JUDGE_WORKERS", 8)
+    texts = {"sft": [f"{i}" for i in range(40)], "p3o": [f"better {i}" for i in range(40)]}
+    server = serve(fair, delay=0.01)
+    result = ask(server, tmp_path, texts)
+    assert rate(result)[0] == 1.0 and len(server.requests) == 80 and 4 <= server.at_once[1] <= 8
+    lines = (tmp_path / "judge.jsonl").read_text().split("\n")[1:]
+    assert len({json.loads(line)["question"] for line in lines}) == len(lines) == 80
+
+
+def test_a_failing_judge_loses_no_answer(serve, tmp_path, capsys, monkeypatch):
+    """With several at a time: those under way when one fails are kept, and asked by no later run."""
+    monkeypatch.setattr(judge, "JUDGE_WORKERS", 4)
+    texts = {"sft": [f"{i}" for i in range(12)], "p3o": [f"better {i}" for i in range(12)]}
+    broken = serve(lambda a, b, n: (401, "no credit") if n == 9 else fair(a, b, n), delay=0.05)
+    _, status = fails(capsys, broken, tmp_path, texts=texts)
+    kept = len(broken.requests) - 1
+    assert status == 1 and 8 <= kept < 23
     with open(tmp_path / "judge.jsonl", "a") as file:
-        file.write('{"question": "half a li')  # killed while writing
-    server = serve(fair)
-    first = ask_all(server, tmp_path)
-    assert len(server.requests) == 12 - 7
-    again = serve(fair)
-    second = ask_all(again, tmp_path)
-    assert again.requests == [] and second["requests"] == 0 and second["win_rate_vs"] == first["win_rate_vs"]
-    rows = [line for line in (tmp_path / "judge.jsonl").read_text().splitlines() if line.endswith("}")]
-    assert len({json.loads(row)["question"] for row in rows}) == len(rows) == 12
+        file.write('\n{"question": "half a li')  # killed while writing
+    broken.judge = fair
+    first = ask(broken, tmp_path, texts)
+    assert len(broken.requests) == 1 + 24  # the one that failed, once more
+    second = ask(broken, tmp_path, texts)
+    assert len(broken.requests) == 1 + 24 and second == first
 
 
-def test_another_question_is_not_answered_from_the_cache(serve, tmp_path):
-    ask_all(serve(fair), tmp_path)
-    server = serve(fair)
-    ask_all(server, tmp_path, judge_criteria="length alone")
-    assert len(server.requests) == 12
-    assert all("What counts: length alone" in body["messages"][-1]["content"] for body in server.requests)
-    changed = {name: {"text": [text + "!" for text in policy["text"]]} for name, policy in POLICIES.items()}
-    ask_all(server, tmp_path, changed)
+def test_an_interrupted_run_keeps_what_was_under_way(serve, tmp_path, monkeypatch):
+    monkeypatch.setattr(judge, "JUDGE_WORKERS", 4)
+    texts = {"sft": [f"{i}" for i in range(12)], "p3o": [f"better {i}" for i in range(12)]}
+
+    def interrupting(a, b, n):
+        if n == 6:
+            os.kill(os.getpid(), signal.SIGINT)
+        return fair(a, b, n)
+
+    server = serve(interrupting, delay=0.05)
+    with pytest.raises(KeyboardInterrupt):
+        ask(server, tmp_path, texts)
+    asked = len(server.requests)
+    ask(server, tmp_path, texts)
+    assert 6 <= asked < 24 and len(server.requests) == 24
+
+
+def test_odd_lines_in_the_cache_are_passed_over(serve, tmp_path):
+    rows = [
+        {"question": None, "answer": None},
+        {"question": ["x"], "answer": "A"},
+        {"answer": "A"},
+        [1],
+        3,
+        None,
+    ]
+    text = "\n".join(map(json.dumps, rows)) + "\n\xff\x00\n" + json.dumps({"question": "x", "answer": [{}]})
+    tmp_path.joinpath("judge.jsonl").write_bytes(text.encode("latin-1"))
+    assert rate(ask(serve(fair), tmp_path))[0] == 1.0
+
+
+def test_another_judge_endpoint_or_question_is_not_answered_from_the_cache(serve, tmp_path):
+    ask(serve(fair), tmp_path)
+    server = serve(fair)  # another port
+    ask(server, tmp_path)
     assert len(server.requests) == 24
+    ask(server, tmp_path, judge_model="another/judge")
+    assert len(server.requests) == 48
+    ask(server, tmp_path, judge_criteria="length alone")
+    assert len(server.requests) == 72
+    ask(server, tmp_path, {name: [text + "!" for text in own] for name, own in GOOD_AND_BAD.items()})
+    assert len(server.requests) == 96
+    ask(server, tmp_path)
+    assert len(server.requests) == 96
 
 
+# ---------------------------------------------------------------------------------------------------- the key
 def test_the_key_is_in_the_header_and_in_no_file(serve, tmp_path, capsys):
     server = serve(
         lambda a, b, n: f"your key is {KEY}" if n == 1 else fair(a, b, n)
     )  # a server that echoes it
-    result = ask_all(server, tmp_path)
+    result = ask(server, tmp_path)
     assert {headers["authorization"] for headers in server.headers} == {f"Bearer {KEY}"}
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert files and not any(KEY in path.read_text() for path in files)
+    assert len(files) == 5 and not any(KEY in path.read_text() for path in files)
     printed = capsys.readouterr()
     assert KEY not in json.dumps(result) + printed.out + printed.err
+    assert not any(server.url in path.read_text() for path in files)  # it may hold a password
 
 
 def test_without_a_key_the_hub_token_stays_at_home(serve, tmp_path, monkeypatch):
     monkeypatch.delenv("JUDGE_API_KEY")
     monkeypatch.setenv("HF_TOKEN", "hf_the_users_own")
     server = serve(fair)
-    ask_all(server, tmp_path)
+    ask(server, tmp_path)
     assert server.headers and not any("hf_the_users_own" in str(headers) for headers in server.headers)
 
 
-def test_the_verdicts_reach_the_report(serve, chain, tmp_path, monkeypatch):
-    """main from end to end: the SFT model under another name, told apart by nobody, ties with itself."""
-    folder = tmp_path / "chain"
-    shutil.copytree(chain, folder)
-    shutil.copytree(folder / "out/sft", folder / "out/twin")
-    settings = {"temperature": 1.0, "prompt_length": 32, "response_length": 24, "missing_eos_penalty": 1.0}
-    settings |= {"model": "out/sft", "reward_model": "out/reward_model", "beta": 0.1}
-    (folder / "out/twin/args.json").write_text(json.dumps({"args": settings}))
-    monkeypatch.chdir(folder)
+# ------------------------------------------------------------------------------------------------ the script
+def test_the_script_from_end_to_end(serve, tmp_path):
+    """HF_HUB_OFFLINE is set, as in every test: a local judge is asked all the same."""
     server = serve(fair)
-    options = {"judge_base_url": server.url, "judge_model": "some/judge", "device": "cpu"}
-    args = evaluate.Args(num_prompts=3, samples_per_prompt=2, **options)
-    evaluate.main(args)
-    output = folder / "out/evaluation"
-    judge = json.loads((output / "summary.json").read_text())["judge"]
-    assert judge["win_rate_vs"]["twin"]["sft"][0] == 0.5 and judge["pairs"] == 3
-    assert "Win rates by the judge some/judge" in (output / "report.md").read_text()
-    assert not any(KEY.encode() in path.read_bytes() for path in output.rglob("*"))
-    assert all("place and the aspect" in body["messages"][-1]["content"] for body in server.requests)
+    write_answers(tmp_path / "out/evaluation", GOOD_AND_BAD)
+    run = run_script("judge.py", "--judge_base_url", server.url, "--judge_model", "m", cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    last = "out/evaluation: 12 pairs, 0 of them unparsable; judge.json, judge.md"
+    assert run.stdout.splitlines() == ["p3o against sft: 1.000 [1.000, 1.000], ties 0.000", last]
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({"judge_model": ""}, "give --judge_base_url http://HOST/v1 and --judge_model NAME"),
+        ({"judge_base_url": ""}, "give --judge_base_url http://HOST/v1 and --judge_model NAME"),
+        ({"judge_base_url": "localhost:8000"}, "give --judge_base_url http://HOST/v1"),
+        ({"judge_samples": 3}, "give 0 to 2"),
+        ({"judge_samples": -1}, "give 0 to 2"),
+        ({"input_dir": "nowhere"}, "run evaluate.py first"),
+    ],
+)
+def test_wrong_input_ends_in_one_line(tmp_path, capsys, options, said):
+    write_answers(tmp_path, GOOD_AND_BAD)
+    options = {"input_dir": str(tmp_path), "judge_base_url": "http://x/v1", "judge_model": "m"} | options
+    with pytest.raises(SystemExit) as error:
+        judge.main(judge.Args(**options))
+    line = capsys.readouterr().err
+    assert error.value.code == 2 and line.startswith("error: ") and said in line and line.count("\n") == 1
+    assert not (tmp_path / "judge.jsonl").exists()
+
+
+def test_what_it_shares_with_frontier_is_the_same():
+    texts = {name: (ROOT / f"{name}.py").read_text() for name in ("frontier", "judge")}
+    for function in ("require", "command_line", "read_answers", "bootstrap", "show"):
+        sources = [re.search(rf"^def {function}\(.*?\n\n\n", text, re.M | re.S)[0] for text in texts.values()]
+        assert sources[0] == sources[1]

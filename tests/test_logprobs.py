@@ -1,4 +1,4 @@
-"""Log-probs, scores, masks and sampling of the RL scripts against unpadded loops and the library's numbers.
+"""Log-probs, scores, masks, sampling and loading of the RL scripts against unpadded loops and the library's numbers.
 
 Models: tiny random GPT-2, Llama, GPT-NeoX and Qwen2, with weights large enough that every token matters. The
 oracles run each row alone, without padding, in float64.
@@ -8,8 +8,13 @@ import math
 
 import pytest
 import torch
-from conftest import byte_tokenizer
+from conftest import word_tokenizer
 from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    BertLMHeadModel,
     GenerationConfig,
     GPT2Config,
     GPT2ForSequenceClassification,
@@ -26,6 +31,7 @@ from transformers import (
 )
 
 import p3o
+import ppo
 import reward_model
 import sft
 
@@ -57,6 +63,10 @@ CONFIGS = {
 
 
 # ---------------------------------------------------------------------------------------------------- helpers
+def words(pad=EOS):
+    return word_tokenizer(VOCAB, EOS, pad)
+
+
 def make(name, kind, dtype=torch.float64, **config):
     """A random model in eval mode; kind: 1 for the language model, 2 for the sequence classifier."""
     torch.manual_seed(0)
@@ -71,7 +81,7 @@ def lm(request):
 
 @pytest.fixture(scope="module", params=CONFIGS)
 def scorer(request):
-    return make(request.param, 2, num_labels=1, pad_token_id=0)
+    return make(request.param, 2, torch.float32, num_labels=1, pad_token_id=0)
 
 
 def draw(rows=5, seed=0, longest=9):
@@ -205,74 +215,101 @@ def test_gradients_flow_and_none_from_masked_positions(lm):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_float32_whatever_the_models_dtype(name):
-    """bfloat16 weights or autocast: log-probs and scores are float32, normalised, near the exact."""
-    rows = draw(seed=7)
-    batch = batch_of(rows)
+    """bfloat16 weights or autocast: log-probs are float32, normalised, near the exact."""
+    batch = batch_of(draw(seed=7))
     exact = p3o.response_logps(make(name, 1), *batch)
-    low = make(name, 1, torch.bfloat16)
-    scorers = make(name, 2, torch.float64, num_labels=1), make(name, 2, torch.bfloat16, num_labels=1)
-    exact_score = p3o.read_score(scorers[0], *batch)
     with torch.no_grad():
-        results = [(p3o.response_distributions(low, *batch), p3o.read_score(scorers[1], *batch))]
+        results = [p3o.response_distributions(make(name, 1, torch.bfloat16), *batch)]
         with torch.autocast("cpu", torch.bfloat16):
-            model, scorer = make(name, 1, torch.float32), make(name, 2, torch.float32, num_labels=1)
-            results.append((p3o.response_distributions(model, *batch), p3o.read_score(scorer, *batch)))
-    for distribution, score in results:
-        assert distribution.dtype == score.dtype == torch.float32
+            results.append(p3o.response_distributions(make(name, 1, torch.float32), *batch))
+    for distribution in results:
+        assert distribution.dtype == torch.float32
         assert (distribution.exp().sum(-1) - 1).abs().max() < 1e-5
         logps = distribution.gather(-1, batch[2].unsqueeze(-1)).squeeze(-1).masked_fill(~batch[3], 0)
-        assert (logps - exact).abs().mean() < 0.1 and (score - exact_score).abs().mean() < 0.1
+        assert (logps - exact).abs().mean() < 0.1
 
 
-class RolloutArgs:
-    device, temperature, response_length, prompt_length = "cpu", 0.9, 6, 9
-    micro_batch_size, missing_eos_penalty, max_grad_norm = 2, 1.0, 1.0
-    clipping, clip_range, max_importance_weight = "joint", 0.2, None
+@torch.no_grad()
+@pytest.mark.parametrize("read", [p3o.read_score, ppo.read_values])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_score_head_stays_in_float32(name, read):
+    """In bfloat16 scores and values are off by what the trunk's states are, and by nothing more."""
+    model, batch = make(name, 2, torch.float32, num_labels=1), batch_of(draw(seed=7))
+    head, where = model.score.weight.clone(), slice(batch[0].shape[1] - 1, -1)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = read(model, *batch)
+        states = model.base_model(**p3o.model_inputs(*batch), use_cache=False).last_hidden_state
+        rounded = model.score(states)[:, where, 0].float()
+    assert found.dtype == torch.float32
+    assert torch.equal(model.score.weight, head) and model.score.weight.dtype == torch.float32
+    by_hand = (states.double() @ head[0].double()).float()  # (B, P + R)
+    if read is ppo.read_values:
+        expected, mask = by_hand[:, where], batch[3]
+        assert (rounded - expected)[mask].abs().max() > 1e-3, "a head in bfloat16 would show here"
+    else:
+        last = batch[0].shape[1] - 1 + batch[3].sum(1, keepdim=True)
+        expected, mask = by_hand.gather(1, last)[:, 0], torch.ones(5, dtype=torch.bool)
+    torch.testing.assert_close(found[mask], expected[mask], atol=1e-5, rtol=1e-5)
+    exact = read(model, *batch)
+    assert 0 < (found - exact)[mask].abs().mean() < 0.1
+    model.base_model.to(torch.bfloat16)  # weights in bfloat16 but for the head's
+    low = read(model, *batch)
+    assert low.dtype == torch.float32 and (low - exact)[mask].abs().mean() < 0.1
+
+
+# ------------------------------------------------------------------------------------------ rollout and update
+ARGS = {"device": "cpu", "temperature": 0.9, "response_length": 6, "prompt_length": 9, "micro_batch_size": 2}
+
+
+def tokens_of(batch, rows=slice(None)):
+    return [batch[name][rows] for name in p3o.TOKENS]
 
 
 def rollout(name):
-    """A rollout of p3o.py with tiny random models, and the policy."""
+    """A batch of p3o.py, 4 prompts with 3 responses, with tiny random models; the models, and the prompts."""
     policy, reference = make(name, 1, torch.float32), make(name, 1, torch.float32, initializer_range=0.2)
-    models = policy, reference, make(name, 2, torch.float32, num_labels=1), None
-    examples = [{"prompt_ids": prompt} for prompt, _ in draw(4, seed=8)]
+    scorer, args = make(name, 2, torch.float32, num_labels=1), p3o.Args(**ARGS)
+    prompts = [prompt for prompt, _ in draw(4, seed=8)]
+    rows = [{"prompt": f"prompt {n}", "prompt_ids": prompt} for n, prompt in enumerate(prompts)]
     torch.manual_seed(0)
-    tokenizer = type("Tokenizer", (), {"pad_token_id": EOS, "eos_token_id": EOS})
-    return p3o.rollout(models, examples, 3, EOS, tokenizer, RolloutArgs)[0], models, examples
+    batch = p3o.sample_batch(policy, rows, 3, words(), args)
+    models = policy, reference, lambda part: p3o.read_score(scorer, *tokens_of(part))
+    return (
+        p3o.score_batch(batch, models, args.micro_batch_size * 3, args),
+        (policy, reference, scorer),
+        prompts,
+    )
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_first_ratio_is_exactly_one(name):
     """Old log-probs come from the forward pass of training: on the same rows no bit differs."""
-    batch, (policy, *_), _ = rollout(name)
-    inputs = [batch[x] for x in ("prompt_ids", "prompt_mask", "response_ids", "response_mask")]
-    size = RolloutArgs.micro_batch_size * 3
+    (batch, (policy, *_), _), args = rollout(name), p3o.Args(**ARGS)
+    size = args.micro_batch_size * 3
     for first in range(0, 12, size):
-        new = p3o.response_logps(policy, *(x[first : first + size] for x in inputs), RolloutArgs.temperature)
+        new = p3o.response_logps(policy, *tokens_of(batch, slice(first, first + size)), args.temperature)
         assert new.requires_grad
         assert torch.equal((new - batch["logp_old_tok"][first : first + size]).exp(), torch.ones_like(new))
-    whole = p3o.response_logps(policy, *inputs, RolloutArgs.temperature)  # other batches round differently
+    whole = p3o.response_logps(policy, *tokens_of(batch), args.temperature)  # other batches round differently
     assert (whole - batch["logp_old_tok"]).sum(1).abs().max() < 1e-4
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
     reward = torch.randn(4, 3, dtype=torch.float64)
-    update = p3o.update_policy(policy, optimizer, batch, reward, torch.tensor([2, 0, 3, 1]), 1, RolloutArgs)
+    update = p3o.update_policy(policy, optimizer, batch, reward, torch.tensor([2, 0, 3, 1]), 1, args)
     assert update["log_ratio_max"] < 1e-4 and update["grad_norm"] > 0
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_rollout_numbers_equal_a_loop(name):
     """Log-probs, exact KL, entropy and score of a rollout, each row alone and unpadded, in float64."""
-    batch, (policy, reference, scorer, _), examples = rollout(name)
+    batch, (policy, reference, scorer), prompts = rollout(name)
     policy, reference, scorer = (model.double() for model in (policy, reference, scorer))
+    assert batch["score"].dtype == torch.float64 and not batch["logp_old_tok"].requires_grad
     for n in range(12):
-        ids = batch["response_ids"][n][batch["response_mask"][n]].tolist()
-        prompt = examples[n // 3]["prompt_ids"]
+        ids, prompt = batch["response_ids"][n][batch["response_mask"][n]].tolist(), prompts[n // 3]
         assert batch["prompt_ids"][n][batch["prompt_mask"][n]].tolist() == prompt
-        assert_rows(
-            [batch["logp_old_tok"][n]], [(prompt, ids)], [naive_logps(policy, (prompt, ids), 0.9)], 1e-4
-        )
-        assert_rows(
-            [batch["logp_ref_tok"][n]], [(prompt, ids)], [naive_logps(reference, (prompt, ids), 0.9)], 1e-4
-        )
+        assert batch["prompt"][n] == f"prompt {n // 3}"
+        for x, model in (("logp_old_tok", policy), ("logp_ref_tok", reference)):
+            assert_rows([batch[x][n]], [(prompt, ids)], [naive_logps(model, (prompt, ids), 0.9)], 1e-4)
         with torch.no_grad():
             tokens = torch.tensor([prompt + ids])
             p, q = (
@@ -287,6 +324,104 @@ def test_rollout_numbers_equal_a_loop(name):
         assert batch["ended"][n].item() == ended
         assert batch["score"][n].item() == pytest.approx(score - (0 if ended else 1.0), abs=1e-4)
     assert 0 < batch["ended"].sum() < 12, "both cases should occur"
+
+
+def test_a_reward_of_ones_own_is_given_texts():
+    """Any function of a batch: here of the texts, which come in parts, in order."""
+    batch, (policy, reference, _), _ = rollout("gpt2")
+    args, seen = p3o.Args(**ARGS, missing_eos_penalty=2.0), []
+
+    def reward(part):
+        seen.append(len(part["response"]))
+        return torch.tensor(
+            [100.0 * int(p.split()[1]) + len(r) for p, r in zip(part["prompt"], part["response"])]
+        )
+
+    score = p3o.score_batch(batch, (policy, reference, reward), 5, args)["score"]
+    lengths = [len(text) for text in batch["response"]]
+    penalties = (2.0 * ~batch["ended"]).tolist()
+    assert score.tolist() == [100.0 * (n // 3) + lengths[n] - penalties[n] for n in range(12)]
+    assert seen == [5, 5, 2]
+
+
+@pytest.mark.parametrize("clipping", ["joint", "separate", "none"])
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_an_update_descends_the_loss_of_its_prompts(clipping, size):
+    """On 3 of 4 prompts, whatever the micro-batches (2 leaves a short one), after the policy has moved: the
+    gradient of the loss over log-probs of unpadded texts, one after another."""
+    batch, (policy, *_), prompts = rollout("gpt2")
+    reward = torch.randn(4, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for parameter in policy.parameters():
+        noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
+        parameter.data += 0.005 * noise
+    minibatch, rows = torch.tensor([2, 0, 3]), [6, 7, 8, 0, 1, 2, 9, 10, 11]
+    new = []
+    for n in rows:
+        ids = batch["response_ids"][n][batch["response_mask"][n]].tolist()
+        logits = policy(torch.tensor([prompts[n // 3] + ids])).logits[0, len(prompts[n // 3]) - 1 : -1]
+        new.append(torch.log_softmax(logits / 0.9, -1)[range(len(ids)), ids].sum())
+    new, old = torch.stack(new).view(3, 3), batch["logp_old_tok"][rows].sum(1).view(3, 3)
+    if clipping == "none":
+        loss, clipped = p3o.pairwise_policy_gradient_loss(new, reward[minibatch]), 0.0
+    else:
+        loss, stats = p3o.p3o_loss(new, old, reward[minibatch], 0.2, clipping, 1.5)
+        clipped = stats["clip_fraction"]
+        assert 0 < clipped < 1, "both sides of the clip must occur"
+    expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(policy.parameters()))])
+    before = torch.nn.utils.parameters_to_vector(policy.parameters()).detach().clone()
+    options = {"clipping": clipping, "max_importance_weight": 1.5, "max_grad_norm": 1e9}
+    args = p3o.Args(**(ARGS | {"micro_batch_size": size} | options))
+    optimizer = torch.optim.SGD(policy.parameters(), lr=0.1)  # its step shows the gradient
+    update = p3o.update_policy(policy, optimizer, batch, reward, minibatch, 1, args)
+    found = (before - torch.nn.utils.parameters_to_vector(policy.parameters()).detach()) / 0.1
+    assert expected.abs().max() > 0.1
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert update["loss"] == pytest.approx(loss.item(), rel=1e-4, abs=1e-5)
+    assert update["clip_fraction"] == pytest.approx(clipped, abs=1e-6)
+    assert update["log_ratio_max"] == pytest.approx((new - old).abs().max().item(), abs=1e-4)
+    assert update["grad_norm"] == pytest.approx(expected.norm().item(), rel=1e-4)
+    assert all(p.grad is None for p in policy.parameters()), "gradient left over"
+    args.max_grad_norm, optimizer.param_groups[0]["lr"] = 1e-4, 10.0
+    before = torch.nn.utils.parameters_to_vector(policy.parameters()).detach().clone()
+    p3o.update_policy(policy, optimizer, batch, reward, minibatch, 1, args)
+    moved = (before - torch.nn.utils.parameters_to_vector(policy.parameters()).detach()).norm().item()
+    assert moved / 10 == pytest.approx(1e-4, rel=1e-2), "clipped"
+
+
+def test_metrics_of_a_batch_by_hand():
+    """Two prompts with three responses, of 1 to 3 tokens. Of the six pairs one is identical, by its real tokens."""
+    ids = [[5, 1, 7], [5, 1, 9], [5, 6, 1], [4, 1, 1], [1, 4, 4], [4, 4, 4]]
+    lengths = [2, 2, 3, 2, 1, 3]
+    mask = [[t < n for t in range(3)] for n in lengths]
+    score, old, ref = [1.0, 2.0, 3.0, 4.0, 5.0, 9.0], [-1.0, -2.0, -3.0], [-1.5, -2.25, -3.125]
+    table = {
+        "logp_old_tok": old,
+        "logp_ref_tok": ref,
+        "kl_tok": [0.5, 1.0, 2.0],
+        "entropy_tok": [3.0, 2.0, 1.0],
+    }
+    batch = {x: torch.tensor([values] * 6) * torch.tensor(mask) for x, values in table.items()}
+    batch |= {"response_ids": torch.tensor(ids), "response_mask": torch.tensor(mask)}
+    batch |= {"score": torch.tensor(score, dtype=torch.float64), "ended": torch.tensor([True] * 5 + [False])}
+    found = p3o.batch_metrics(batch, 3, beta=0.5)
+    kl = [sum(o - r for o, r in zip(old[:n], ref[:n])) for n in lengths]
+    expected = {"reward": 4.0, "kl": sum(kl) / 6, "objective": 4.0 - 0.5 * sum(kl) / 6}
+    expected["kl_exact"] = sum(sum(table["kl_tok"][:n]) for n in lengths) / 6
+    expected["entropy"] = sum(sum(table["entropy_tok"][:n]) for n in lengths) / 13
+    expected["perplexity"] = math.exp(-sum(sum(ref[:n]) for n in lengths) / 13)
+    expected |= {"response_length": 13 / 6, "eos_rate": 5 / 6, "frac_identical_pairs": 1 / 6}
+    assert found == pytest.approx(expected, rel=1e-6)
+    assert all(type(value) is float for value in found.values())
+    del expected["frac_identical_pairs"]
+    assert p3o.batch_metrics(batch, 1, beta=0.5) == pytest.approx(expected, rel=1e-6)
+
+
+def test_metrics_of_updates_and_costs_by_hand():
+    updates = [{"loss": x, "log_ratio_max": y} for x, y in ((0.0, 0.25), (1.0, 3.0), (5.0, 2.0))]
+    assert p3o.update_metrics(updates) == {"loss": 2.0, "log_ratio_max": 3.0, "log_ratio_first": 0.25}
+    costs = p3o.cost_metrics({"response_mask": torch.ones(3, 4) > 0}, [10.0, 11.0, 13.0, 16.0])
+    assert [costs[f"seconds_{x}"] for x in ("rollout", "score", "update")] == [1.0, 2.0, 3.0]
+    assert costs["tokens_per_second"] == 2.0 and costs["peak_memory_gb"] >= 0
 
 
 # ----------------------------------------------------------------------------------------------------- scores
@@ -315,54 +450,86 @@ def test_score_is_read_by_position_whatever_the_tokens_are(scorer):
 
 
 def test_values_of_every_prefix(scorer):
-    """Column t of read_values is the score of the response cut after t tokens; column 0 of the prompt."""
+    """V(x, y_<t): column t of read_values is the score of the response cut before token t; column 0 the prompt's."""
     rows = draw(4, seed=11)
-    values = p3o.read_values(scorer, *batch_of(rows, 5, 3, 2))
-    assert values.shape == (4, max(len(r) for _, r in rows) + 2 + 1) and values.dtype == torch.float32
+    values = ppo.read_values(scorer, *batch_of(rows, 5, 3, 2))
+    assert values.shape == (4, max(len(r) for _, r in rows) + 2) and values.dtype == torch.float32
     for b, (prompt, response) in enumerate(rows):
-        for t in range(len(response) + 1):
+        for t in range(len(response)):
             with torch.no_grad():
                 hidden = scorer.base_model(torch.tensor([prompt + response[:t]])).last_hidden_state[0, -1]
             assert values[b, t].item() == pytest.approx(scorer.score(hidden).item(), abs=1e-5)
 
 
 # ------------------------------------------------------------------------------------------ masks and padding
-def test_first_eos_mask_by_hand():
+class Fixed:
+    """A policy whose answers are given."""
+
+    def __init__(self, answers):
+        self.answers = torch.tensor(answers)
+
+    def generate(self, input_ids, attention_mask, **options):
+        assert torch.equal(input_ids[attention_mask == 1], torch.full((len(self.answers),), 3))
+        return torch.cat([input_ids, self.answers], 1)
+
+
+def answers(ids, pad=EOS):
+    """The batch of a policy that answers with these ids, each row to a prompt of its own."""
+    rows = [{"prompt": "w3", "prompt_ids": [3]}] * len(ids)
+    return p3o.sample_batch(Fixed(ids), rows, 1, words(pad), p3o.Args(**ARGS))
+
+
+@pytest.mark.parametrize("pad", [EOS, 0])
+def test_the_first_eos_counts_and_nothing_behind_it_by_hand(pad):
     e, x = EOS, 9
     cases = {
-        (x, x, x, x): [1, 1, 1, 1],  # no EOS: everything counts
-        (x, x, e, x): [1, 1, 1, 0],
-        (x, e, e, e): [1, 1, 0, 0],  # pad == EOS: the first one counts, once
-        (e, e, e, e): [1, 0, 0, 0],
-        (e, x, e, x): [1, 0, 0, 0],
-        (x, x, x, e): [1, 1, 1, 1],
-        (x, e, 0, 0): [1, 1, 0, 0],  # another pad
+        (x, x, x, x): ([1, 1, 1, 1], False, "w9 w9 w9 w9"),  # no EOS: everything counts
+        (x, x, e, x): ([1, 1, 1, 0], True, "w9 w9"),
+        (x, e, e, e): ([1, 1, 0, 0], True, "w9"),  # pad == EOS: the first one counts, once
+        (e, e, e, e): ([1, 0, 0, 0], True, ""),
+        (e, x, e, x): ([1, 0, 0, 0], True, ""),
+        (x, x, x, e): ([1, 1, 1, 1], True, "w9 w9 w9"),
+        (x, e, 0, 0): ([1, 1, 0, 0], True, "w9"),  # another pad
     }
-    mask = p3o.first_eos_mask(torch.tensor(list(cases)), e)
-    assert mask.dtype == torch.bool
-    assert mask.tolist() == [[bool(v) for v in want] for want in cases.values()]
+    batch = answers(list(cases), pad)
+    assert batch["response_mask"].dtype == batch["ended"].dtype == torch.bool
+    assert batch["response_ids"].tolist() == [list(ids) for ids in cases]
+    assert batch["response_mask"].tolist() == [[bool(v) for v in want[0]] for want in cases.values()]
+    assert batch["ended"].tolist() == [want[1] for want in cases.values()]
+    assert batch["response"] == [want[2] for want in cases.values()]
 
 
-def test_first_eos_mask_on_random_rows():
-    ids = torch.randint(0, 4, (500, 7), generator=torch.Generator().manual_seed(0))
-    for row, mask in zip(ids.tolist(), p3o.first_eos_mask(ids, EOS).tolist(), strict=True):
+def test_the_first_eos_counts_on_random_rows():
+    ids = torch.randint(0, 4, (500, 7), generator=torch.Generator().manual_seed(0)).tolist()
+    batch = answers(ids)
+    for row, mask, ended in zip(ids, batch["response_mask"].tolist(), batch["ended"].tolist(), strict=True):
         length = row.index(EOS) + 1 if EOS in row else len(row)
         assert mask == [t < length for t in range(len(row))]
+        assert ended == (EOS in row)
 
 
+@pytest.mark.parametrize("pad_id", [EOS, 0])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_pad(side):
-    sequences = [[3, 4, 5], [6], [7, EOS]]
-    ids, mask = p3o.pad(sequences, side, EOS, "cpu")
-    assert ids.shape == mask.shape == (3, 3) and mask.dtype == torch.bool and ids.dtype == torch.int64
+def test_pad(side, pad_id):
+    sequences = [[3, 4, 5], [6], [7, EOS], [0, EOS, 0]]
+    ids, mask = p3o.pad(sequences, side, words(pad_id), "cpu")
+    assert ids.shape == mask.shape == (4, 3) and mask.dtype == torch.bool and ids.dtype == torch.int64
     assert [row[m].tolist() for row, m in zip(ids, mask)] == sequences
-    assert (ids[~mask] == EOS).all()
+    assert (ids[~mask] == pad_id).all()
     assert mask[:, -1 if side == "left" else 0].all()
 
 
 # --------------------------------------------------------------------------------------------------- sampling
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize("name", CONFIGS)
+def sample(model, prompts, K, length, temperature=1.0, pad=EOS):
+    """sample_batch on lists of ids: (response_ids, response_mask)."""
+    rows = [{"prompt": "", "prompt_ids": prompt} for prompt in prompts]
+    torch.manual_seed(0)
+    args = p3o.Args(device="cpu", temperature=temperature, response_length=length)
+    batch = p3o.sample_batch(model, rows, K, words(pad), args)
+    return batch["response_ids"], batch["response_mask"]
+
+
+@pytest.mark.parametrize("name, temperature", [*zip(CONFIGS, [1.0, 0.7, 1.0, 0.7])])
 def test_samples_follow_the_models_own_distribution(name, temperature):
     """Two tokens sampled 2000 times from each of two prompts, against the exact probabilities of all outcomes
     (chi-square), on a model whose own defaults (top-k, penalties, minimal length) would ruin it."""
@@ -370,13 +537,11 @@ def test_samples_follow_the_models_own_distribution(name, temperature):
     model.generation_config = GenerationConfig(
         do_sample=True, top_k=2, top_p=0.5, repetition_penalty=3.0, temperature=0.1, min_new_tokens=2
     )
-    rows, n = [[[2, 5, 5, 3], []], [[4], []]], 2000
-    prompt_ids, prompt_mask = (x.repeat_interleave(n, 0) for x in batch_of(rows)[:2])
-    torch.manual_seed(0)
-    ids, mask = p3o.sample_responses(model, prompt_ids, prompt_mask, 2, temperature, EOS, EOS)
-    assert ids.shape == mask.shape == (2 * n, 2)
-    assert torch.equal(mask, p3o.first_eos_mask(ids, EOS))
-    for b, (prompt, _) in enumerate(rows):
+    prompts, n = [[2, 5, 5, 3], [4]], 2000
+    ids, mask = sample(model, prompts, n, 2, temperature)
+    assert ids.shape == mask.shape == (2 * n, 2) and mask[:, 0].all()
+    assert torch.equal(mask[:, 1], ids[:, 0] != EOS)
+    for b, prompt in enumerate(prompts):
         got, cells, rare = ids[b * n : (b + 1) * n].tolist(), [], [0, 0.0]
         for first in range(6):
             for second in [EOS] if first == EOS else range(6):  # behind EOS there is only padding, EOS here
@@ -397,17 +562,13 @@ def test_samples_follow_the_models_own_distribution(name, temperature):
 def test_every_token_can_be_sampled():
     """A vocabulary larger than the library's default top-k of 50."""
     model = make("gpt2", 1, torch.float32, vocab_size=200, initializer_range=0.02)
-    prompt_ids, prompt_mask = batch_of([[[3, 4], []]] * 3000)[:2]
-    torch.manual_seed(0)
-    ids, _ = p3o.sample_responses(model, prompt_ids, prompt_mask, 1, 1.0, EOS, 0)
+    ids, _ = sample(model, [[3, 4]], 3000, 1)
     assert len(ids.unique()) > 190
 
 
 def test_sampling_stops_at_eos_and_at_the_length():
     model = make("gpt2", 1, torch.float32, initializer_range=0.02)
-    prompt_ids, prompt_mask = batch_of([[[3, 4], []]] * 200)[:2]
-    torch.manual_seed(0)
-    ids, mask = p3o.sample_responses(model, prompt_ids, prompt_mask, 12, 1.0, EOS, 0)
+    ids, mask = sample(model, [[3, 4]], 200, 12, pad=0)
     lengths = mask.sum(1)
     assert ids.shape[1] == 12 and 1 <= lengths.min() and lengths.max() == 12
     for row, n in zip(ids.tolist(), lengths.tolist(), strict=True):
@@ -416,34 +577,92 @@ def test_sampling_stops_at_eos_and_at_the_length():
         assert row[n:] == [0] * (12 - n)
 
 
-# ---------------------------------------------------------------------------------- another model's tokenizer
-def test_translate_says_the_same_in_other_tokens():
-    one = byte_tokenizer(eos_token="<end>", pad_token="<end>")
-    other = byte_tokenizer(reverse=True, pad_token="[PAD]", eos_token="[EOS]")
-    texts = [
-        ("Hello, world", " a fine day", True),
-        ("é", "日本語 \n\t", True),
-        ("two  spaces ", "cut o", False),
-    ]
-    encoded = [
-        [one(p)["input_ids"], one(r)["input_ids"] + [one.eos_token_id] * ended] for p, r, ended in texts
-    ]
-    batch = batch_of(encoded, one.pad_token_id, 2, 2)
-    prompt_ids, prompt_mask, response_ids, response_mask = p3o.translate(batch, one, other)
-    assert prompt_mask[:, -1].all() and response_mask[:, 0].all(), "padded on the wrong side"
-    assert (prompt_ids[~prompt_mask] == other.pad_token_id).all()
-    for b, (prompt, response, ended) in enumerate(texts):
-        assert prompt_ids[b][prompt_mask[b]].tolist() == other(prompt)["input_ids"] != encoded[b][0]
-        ids = response_ids[b][response_mask[b]].tolist()
-        assert ids == other(response)["input_ids"] + [other.eos_token_id] * ended
-        assert other.decode(ids, skip_special_tokens=True) == response
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_the_saved_policy_samples_as_in_training(name, tmp_path):
+    """What sample_batch drew is what plain transformers draws from the saved folder, EOS and temperature
+    included, on a model whose own config ends texts with another token and samples otherwise."""
+    config = {"eos_token_id": 5, "pad_token_id": 7, "initializer_range": 0.1}
+    model = make(name, 1, torch.float32, **config)
+    model.generation_config = GenerationConfig(eos_token_id=[5, 6], top_k=2, repetition_penalty=2.0)
+    ids, mask = sample(model, [[3, 4]], 50, 8, temperature=0.8)
+    assert EOS in ids and 5 in ids and 6 in ids
+    model.save_pretrained(tmp_path)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.manual_seed(0)
+    prompt = torch.tensor([[3, 4]] * 50)
+    assert torch.equal(
+        plain.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8)[:, 2:], ids
+    )
 
 
-def test_translate_of_nothing_still_has_a_token():
-    """A prompt without text and a response of EOS alone."""
-    one = byte_tokenizer(eos_token="<end>", pad_token="<end>")
-    other = byte_tokenizer(reverse=True, pad_token="[PAD]", eos_token="[EOS]")
-    batch = batch_of([[[one.eos_token_id], [one.eos_token_id]], [[5], [6, one.eos_token_id]]])
-    prompt_ids, prompt_mask, response_ids, response_mask = p3o.translate(batch, one, other)
-    assert response_ids[0][response_mask[0]].tolist() == [other.eos_token_id]
-    assert prompt_mask.any(1).all()
+# ---------------------------------------------------------------------------------------------------- loading
+KINDS = (AutoModelForCausalLM, {}), (AutoModelForSequenceClassification, {"num_labels": 1})
+
+
+def saved(model, folder, **config):
+    model.config.update({"pad_token_id": 0} | config)
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_decoder_only_models_load_without_dropout_in_float32(name, tmp_path):
+    for kind, (auto, options) in enumerate(KINDS, 1):
+        model = make(name, kind, torch.bfloat16, **options)
+        folder = saved(model, tmp_path / str(kind))
+        found = p3o.load_model(auto, folder, words(), p3o.Args(device="cpu"), **options)
+        assert type(found) is type(model) and found.dtype == torch.float32 and not found.training
+        for a, b in zip(found.parameters(), model.parameters(), strict=True):
+            assert torch.equal(a, b.float())
+
+
+@pytest.mark.parametrize("kind", [1, 2])
+@pytest.mark.parametrize("deaf_to", ["position_ids", "attention_mask"])
+def test_models_that_see_padding_are_refused(deaf_to, kind, tmp_path, monkeypatch, capsys):
+    """Those whose positions, or whose attention, do not go by the mask."""
+    model = make("gpt2", kind, torch.float32, num_labels=1)
+    folder, (auto, options), trunk = saved(model, tmp_path), KINDS[kind - 1], type(model.base_model)
+    forward = trunk.forward
+
+    def deaf(self, input_ids, **inputs):
+        plain = {
+            "position_ids": torch.arange(input_ids.shape[1])[None],
+            "attention_mask": torch.ones_like(input_ids),
+        }
+        return forward(self, input_ids, **(inputs | {deaf_to: plain[deaf_to]}))
+
+    monkeypatch.setattr(trunk, "forward", deaf)
+    with pytest.raises(SystemExit) as stop:
+        p3o.load_model(auto, folder, words(), p3o.Args(device="cpu"), **options)
+    assert stop.value.code == 2 and "sees padding or later tokens" in capsys.readouterr().err
+
+
+BERT = BertConfig(vocab_size=VOCAB, num_labels=1, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+
+
+def test_other_models_are_refused_in_one_line(tmp_path, capsys):
+    """Bidirectional, not finite, too small a vocabulary or too few positions, and each kind where the other belongs."""
+    lm, scorer = make("gpt2", 1, torch.float32), make("gpt2", 2, torch.float32, num_labels=1)
+    nan = make("gpt2", 1, torch.float32)
+    nan.transformer.h[0].mlp.c_fc.weight.data[0, 0] = math.nan
+    models = {"lm": lm, "scorer": scorer, "nan": nan, "bert": BertLMHeadModel(BERT)}
+    models |= {"small": make("gpt2", 1, vocab_size=VOCAB - 1), "berts": BertForSequenceClassification(BERT)}
+    folders = {name: saved(model, tmp_path / name) for name, model in models.items()}
+    cases = [
+        ("bert", 0, 24, "sees padding or later tokens"),
+        ("berts", 1, 24, "sees padding or later tokens"),
+        ("nan", 0, 24, "is not finite"),
+        ("small", 0, 24, "cannot use"),
+        ("lm", 0, 33, "holds 64 tokens, not 65; lower --prompt_length"),
+        ("lm", 1, 24, "is not a whole SequenceClassification"),
+        ("scorer", 0, 24, "is not a whole CausalLM"),
+        ("nothing", 0, 24, "cannot use"),
+    ]
+    for name, kind, length, message in cases:
+        args = p3o.Args(device="cpu", response_length=length)
+        with pytest.raises(SystemExit) as stop:
+            p3o.load_model(KINDS[kind][0], folders.get(name, name), words(), args, **KINDS[kind][1])
+        printed = capsys.readouterr().err.splitlines()[-1]
+        assert stop.value.code == 2 and printed.startswith("error: ") and message in printed, printed
+    args = p3o.Args(device="cpu", response_length=32)
+    assert p3o.load_model(AutoModelForCausalLM, folders["lm"], words(), args), "just fits"

@@ -4,13 +4,16 @@ The oracles are loops over plain Python floats with central differences, and the
 of a tiny autoregressive language model. Legend: B prompts, K responses per prompt, N responses of the tiny model.
 """
 
+import inspect
 import itertools
 import math
+import textwrap
 
 import pytest
 import torch
 
 import p3o
+import ppo
 
 CLIPPINGS = ["joint", "separate"]
 EPS = 0.2
@@ -58,7 +61,10 @@ def naive_terms(new, old, reward, at, clip_range, clipping, c=None):
             d = (new[i] - new[j]) - (old[i] - old[j])
             terms.append((w * d, w * min(max(d, -clip_range), clip_range)))
         if clipping == "separate":
-            advantage = (reward[i] - reward[j]) * math.exp(at[j] - old[j])
+            weight = math.exp(at[j] - old[j])
+            if c is not None:
+                weight = min(max(weight, 1 / c), c)
+            advantage = (reward[i] - reward[j]) * weight
             rho = math.exp(new[i] - old[i])
             terms.append((advantage * rho, advantage * min(max(rho, 1 - clip_range), 1 + clip_range)))
     return terms
@@ -340,15 +346,16 @@ def test_every_term_of_a_batch_is_clipped_on_its_own(clipping):
 # ------------------------------------------------------------------------------------------------- importance weight
 
 
+@pytest.mark.parametrize("clipping", CLIPPINGS)
 @pytest.mark.parametrize("K", [2, 3])
 @pytest.mark.parametrize("c", [1.5, 10.0])
-def test_joint_weight_is_clamped_to_its_bound_on_both_sides(K, c):
+def test_the_weight_is_clamped_to_its_bound_on_both_sides(clipping, K, c):
     new, old, reward = draw(12, K, spread=2.0, seed=5)
     lists = new.tolist(), old.tolist(), reward.tolist(), new.tolist()
-    loss, grad = loss_and_grad(new, old, reward, "joint", max_importance_weight=c)
-    assert loss.item() == pytest.approx(-naive_objective(*lists, EPS, "joint", c), rel=1e-12)
-    torch.testing.assert_close(grad, -naive_gradient(new, old, reward, EPS, "joint", c), rtol=0, atol=1e-7)
-    weight = (new - old)[:, :2].sum(-1).exp()
+    loss, grad = loss_and_grad(new, old, reward, clipping, max_importance_weight=c)
+    assert loss.item() == pytest.approx(-naive_objective(*lists, EPS, clipping, c), rel=1e-12)
+    torch.testing.assert_close(grad, -naive_gradient(new, old, reward, EPS, clipping, c), rtol=0, atol=1e-7)
+    weight = ((new - old)[:, :2].sum(-1) if clipping == "joint" else new - old).exp()
     assert (weight > c).any() and (weight < 1 / c).any()
 
 
@@ -500,13 +507,13 @@ def test_large_ratios_stay_finite_without_a_bound(clipping, signs):
 
 def test_unknown_clipping_is_refused():
     new, old, reward = draw(2, 2)
-    with pytest.raises(ValueError, match="(?s)triple.*joint.*separate|joint.*separate.*triple"):
+    with pytest.raises(ValueError, match="'joint' or 'separate', got 'triple'"):
         p3o.p3o_loss(new, old, reward, clipping="triple")
 
 
 @pytest.mark.parametrize("clipping", ["none", *CLIPPINGS])
 def test_a_single_response_is_refused(clipping):
-    with pytest.raises(ValueError, match="(?i)at least (2|two)|K >= 2"):
+    with pytest.raises(ValueError, match="K >= 2"):
         pair_loss(*draw(4, 1), clipping)
 
 
@@ -514,22 +521,25 @@ def test_a_single_response_is_refused(clipping):
 @pytest.mark.parametrize("shape", [(4, 2), (1, 3), (3,), (4, 1), (4, 3, 1)])
 def test_shapes_that_would_broadcast_are_refused(clipping, shape):
     new, old, _ = draw(4, 3)
-    with pytest.raises(ValueError, match="shape"):
+    with pytest.raises(ValueError, match="expected .*K >= 2"):
         pair_loss(new, old, torch.zeros(shape, dtype=torch.float64), clipping)
     if clipping != "none":
-        with pytest.raises(ValueError, match="shape"):
+        with pytest.raises(ValueError, match="expected .*K >= 2"):
             pair_loss(new, torch.zeros(shape, dtype=torch.float64), torch.zeros_like(new), clipping)
 
 
+@pytest.mark.parametrize("script", [p3o, ppo])
 @pytest.mark.parametrize("size", [0.1, 1.7, 6.8, 10.0, 27.0])
-def test_prompt_offsets_leave_every_difference_as_it_was(size):
+def test_offsets_of_reward_shift_leave_every_difference_as_it_was(script, size):
     """On rewards as main makes them, float32 numbers in float64; most other offsets round some of them."""
+    lines = [line for line in inspect.getsource(script.main).splitlines() if line.startswith("    delta = ")]
+    names = {"args": script.Args(reward_shift=size, device="cpu"), "prompts": range(50_000), "torch": torch}
+    exec(textwrap.dedent("\n".join(lines)), names)  # the two lines of main that make them
+    delta = names["delta"]
     torch.manual_seed(0)
-    score, new, ref = 2 * torch.randn(50_000, 2), -20 * torch.rand(50_000, 2), -20 * torch.rand(50_000, 2)
-    offsets = p3o.prompt_offsets(50_000, size)
-    rewards = [p3o.trajectory_reward(s, new, ref, 0.5) for s in (score.double(), score.double() + offsets)]
+    score, old, ref = 2 * torch.randn(50_000, 2), -20 * torch.rand(50_000, 2), -20 * torch.rand(50_000, 2)
+    rewards = [p3o.trajectory_reward(s, old, ref, 0.5) for s in (score.double(), score.double() + delta)]
     plain, shifted = (r[:, 0] - r[:, 1] for r in rewards)
     assert torch.equal(plain, shifted)
-    assert offsets.shape == (50_000, 1) and offsets.dtype == torch.float64
-    assert offsets.std().item() == pytest.approx(size, rel=0.02)
-    assert torch.equal(offsets[:10], p3o.prompt_offsets(50_000, size)[:10])
+    assert delta.shape == (50_000, 1) and delta.dtype == torch.float64
+    assert delta.std().item() == pytest.approx(size, rel=0.02)

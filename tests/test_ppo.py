@@ -6,18 +6,19 @@ Legend: N responses, R tokens of the longest; "garbage" is nan and inf behind a 
 import json
 import math
 import random
-import sys
+import signal
 
-import datasets
 import numpy
 import pytest
 import torch
+from conftest import word_tokenizer
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     GPT2Config,
     GPT2ForSequenceClassification,
     GPT2LMHeadModel,
+    HfArgumentParser,
 )
 
 import ppo
@@ -320,11 +321,18 @@ TINY |= dict(
 )
 
 
+TOKENIZER = word_tokenizer(11, pad=0)
+
+
 def tiny_models(dtype=torch.float64):
+    """Policy and critic, whose head is in float32 whatever the dtype."""
     torch.manual_seed(0)
     config = GPT2Config(**TINY, num_labels=1)
-    models = GPT2LMHeadModel(config), GPT2ForSequenceClassification(config)
-    return [model.to(dtype).eval() for model in models]
+    policy, critic = (
+        kind(config).to(dtype).eval() for kind in (GPT2LMHeadModel, GPT2ForSequenceClassification)
+    )
+    critic.score.float()
+    return policy, critic
 
 
 def tiny_batch(K=2, seed=0):
@@ -332,27 +340,29 @@ def tiny_batch(K=2, seed=0):
     rng = random.Random(seed)
     prompts = [[rng.randrange(2, 11) for _ in range(n)] for n in (3, 1, 6, 2) for _ in range(K)]
     responses = [[rng.randrange(2, 11) for _ in range(rng.randrange(8))] + [1] for _ in prompts]
-    names = "prompt_ids", "prompt_mask", "response_ids", "response_mask"
-    batch = dict(zip(names, (*ppo.pad(prompts, "left", 0, "cpu"), *ppo.pad(responses, "right", 0, "cpu"))))
-    return prompts, responses, batch
+    padded = ppo.pad(prompts, "left", TOKENIZER, "cpu"), ppo.pad(responses, "right", TOKENIZER, "cpu")
+    return prompts, responses, dict(zip(ppo.TOKENS, (*padded[0], *padded[1])))
 
 
-def test_values_are_those_of_the_unpadded_states_and_the_last_is_the_reward():
-    """V_t has seen the prompt and t response tokens; the score is what transformers' forward gives."""
+def test_values_are_those_before_each_token_and_the_score_that_after_the_last():
+    """Against transformers' own forward, unpadded: V_t has seen the prompt and t response tokens."""
     critic = tiny_models(torch.float32)[1]
     prompts, responses, batch = tiny_batch()
     with torch.no_grad():
         values, score = ppo.read_values(critic, *batch.values()), ppo.read_score(critic, *batch.values())
+        assert values.shape == batch["response_ids"].shape
         for row, (prompt, response) in enumerate(zip(prompts, responses)):
-            for t in range(len(response) + 1):
-                alone = critic(torch.tensor([prompt + response[:t]])).logits.item()
-                assert values[row, t].item() == pytest.approx(alone, abs=1e-5)
-            assert score[row].item() == pytest.approx(alone, abs=1e-5)
+            alone = [
+                critic(torch.tensor([prompt + response[:t]])).logits.item() for t in range(len(response) + 1)
+            ]
+            assert [*values[row, : len(response)].tolist(), score[row].item()] == pytest.approx(
+                alone, abs=1e-5
+            )
 
 
 def args_for(tmp_path, **changes):
     args = ppo.Args(output_dir=str(tmp_path / "run"), device="cpu", micro_batch_size=4, minibatch_size=4)
-    vars(args).update(changes)
+    vars(args).update(ppo.PRESETS["ppo"] | changes)
     return args
 
 
@@ -390,9 +400,12 @@ def test_returns_are_taken_before_whitening_and_metrics_too(tmp_path):
 def test_first_minibatch_has_ratio_1_and_approx_kl_0(tmp_path):
     args = args_for(tmp_path)
     policy, critic, batch, *_ = prepared(args)
-    _, _, stats = ppo.losses(policy, critic, batch, args)
-    assert stats["log_ratio_max"] < 1e-5 and abs(stats["approx_kl"]) < 1e-9
-    assert stats["clip_fraction"] == stats["value_clip_fraction"] == 0
+    loss, critic_loss, stats = ppo.losses(policy, critic, batch, torch.arange(8), args)
+    assert stats["log_ratio_max"] < 1e-5 and abs(stats["approx_kl"]) < 1e-9 and stats["clip_fraction"] == 0
+    mask, value = batch["response_mask"], batch["value_old_tok"]
+    assert loss.item() == pytest.approx(-batch["advantages"][mask].mean().item(), abs=1e-5)
+    error = (value - batch["returns"])[mask].square().mean().item()
+    assert critic_loss.item() == pytest.approx(error / 2, rel=1e-5), "nothing is clipped at first"
 
 
 class Keep:
@@ -418,7 +431,8 @@ def gradients_of_a_step(args, demonstrations=None, step=1):
     optimizers = Keep(policy), Keep(critic)
     torch.manual_seed(0)
     order = torch.tensor([2, 0, 3, 1])
-    total = ppo.update_models((policy, critic), optimizers, batch, order, demonstrations, step, args)
+    settings = order, demonstrations, step, TOKENIZER, args
+    total = ppo.update_models((policy, critic), optimizers, batch, *settings)
     assert all(p.grad is None for model in (policy, critic) for p in model.parameters()), (
         "left for the next step"
     )
@@ -465,7 +479,7 @@ def test_step_gradient_is_that_of_the_formulas(tmp_path):
     for row, (prompt, response) in enumerate(zip(prompts, responses)):
         text = torch.tensor([prompt + response])
         table = policy(text).logits[0].log_softmax(-1)
-        hidden = critic.score(critic.transformer(text).last_hidden_state)[0, :, 0]
+        hidden = critic.score(critic.transformer(text).last_hidden_state.float())[0, :, 0]
         for t, token in enumerate(response):
             here = len(prompt) + t - 1
             rho = (table[here, token] - batch["logp_old_tok"][row, t]).exp()
@@ -497,14 +511,18 @@ def test_gradient_clip_and_critic_pretraining(tmp_path):
     )
 
 
-def test_a_non_finite_loss_stops_before_the_weights(tmp_path):
+@pytest.mark.parametrize("bad", ["returns", "advantages"])
+def test_a_non_finite_loss_stops_before_the_weights(tmp_path, capsys, bad):
     args = args_for(tmp_path)
     policy, critic, batch, *_ = prepared(args)
-    batch["returns"] = batch["returns"] * math.nan
-    with pytest.raises(ppo.RunError, match="value_loss is nan at step 7"):
-        ppo.update_models(
-            (policy, critic), (Keep(policy), Keep(critic)), batch, torch.arange(4), None, 7, args
-        )
+    batch[bad] = batch[bad] * math.nan
+    optimizers = Keep(policy), Keep(critic)
+    with pytest.raises(SystemExit) as stop:
+        ppo.update_models((policy, critic), optimizers, batch, torch.arange(4), None, 7, TOKENIZER, args)
+    assert stop.value.code == 1 and capsys.readouterr().err.startswith(
+        "error: loss nan, gradient norm nan at step 7"
+    )
+    assert [optimizer.seen for optimizer in optimizers] == [None, None]
 
 
 # ------------------------------------------------------------------------------------------------ short runs
@@ -524,38 +542,34 @@ def world(tmp_path_factory):
     pairs = [(place, aspect) for place in toy.PLACES for aspect in toy.ASPECTS]
     requests = [(f"write about the {place} and its {aspect} .", place, aspect) for place, aspect in pairs]
     for folder_name, kind in (("prompts", "prompts"), ("demonstrations", "sft")):
-        rows = {split: toy.make_rows(kind, requests, 12, rng) for split in ("train", "validation")}
-        splits = {split: datasets.Dataset.from_list(rows[split]) for split in rows}
-        datasets.DatasetDict(splits).save_to_disk(folder / folder_name)
+        (folder / folder_name).mkdir()
+        for split in ("train", "validation"):
+            rows = [json.dumps(row) + "\n" for row in toy.make_rows(kind, requests, 12, rng)]
+            (folder / folder_name / f"{split}.jsonl").write_text("".join(rows))
     return folder
+
+
+def parse(*flags):
+    parser = HfArgumentParser(ppo.Args, allow_abbrev=False)
+    return parser.parse_args_into_dataclasses([str(flag) for flag in flags], look_for_args_file=False)[0]
+
+
+SMALL = ["--device", "cpu", "--minibatch_size", 2, "--prompts_per_step", 4, "--prompt_length", 12]
+SMALL += ["--response_length", 6, "--eval_prompts", 4, "--eval_every", 0]
 
 
 def run(world, folder, *flags, steps=1):
     """ppo.main on the tiny world as the command line would call it. Returns the rows of metrics.jsonl."""
-    words = ["ppo.py", "--model", str(world / "sft"), "--reward_model", str(world / "reward_model")]
-    words += [
-        "--dataset",
-        str(world / "prompts"),
-        "--ptx_dataset",
-        str(world / "demonstrations"),
-        "--device",
-        "cpu",
-    ]
-    words += [
-        "--output_dir",
-        str(folder),
-        "--steps",
-        str(steps),
-        "--minibatch_size",
-        "2",
-        "--response_length",
-        "6",
-    ]
-    words += ["--prompts_per_step", "4", "--eval_prompts", "4", "--eval_every", "0", "--prompt_length", "12"]
-    parser = ppo.HfArgumentParser(ppo.Args, allow_abbrev=False)
+    inputs = {
+        "model": "sft",
+        "reward_model": "reward_model",
+        "dataset": "prompts",
+        "ptx_dataset": "demonstrations",
+    }
+    words = [word for name, value in inputs.items() for word in (f"--{name}", world / value)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", words + [str(flag) for flag in flags])
-        ppo.main(parser.parse_args_into_dataclasses(look_for_args_file=False)[0])
+        patch.setattr(signal, "signal", lambda *ignored: None)  # pytest keeps its own handlers
+        ppo.main(parse(*words, *SMALL, "--output_dir", folder, "--steps", steps, *flags))
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -571,7 +585,7 @@ COMMON = (
 COMMON += (
     " frac_identical_pairs tokens_per_second seconds_rollout seconds_score seconds_update peak_memory_gb loss"
 )
-COMMON += " value_loss explained_variance advantage_mean advantage_std approx_kl value_clip_fraction beta"
+COMMON += " value_loss explained_variance advantage_mean advantage_std approx_kl beta"
 COMMON += " log_ratio_first critic_grad_norm"
 TIMELESS = [x for x in COMMON.split() if not x.startswith(("seconds", "tokens", "peak"))]
 
@@ -599,10 +613,10 @@ ONE_BY_ONE = [  # --kl_target, --critic_warmup_steps, --reward_shift and --prese
     ("--lam", 0),
     ("--clip_range", 0.001),
     ("--value_clip_range", 0),
-    ("--normalize_reward",),
+    ("--normalize_reward", "true"),
     ("--scale_reward",),
     ("--reward_clip", 0.01),
-    ("--no_whiten_advantages",),
+    ("--whiten_advantages", "false"),
     ("--advantage_clip", 0.1),
     ("--critic_init", "sft"),
     ("--critic_learning_rate", 0.01),
@@ -619,6 +633,8 @@ def test_every_flag_runs_and_changes_the_run(world, plain_run, tmp_path, flags):
     rows = run(world, tmp_path / "run", *flags, steps=2)
     assert any(rows[2].get(name) != plain_run[1][2][name] for name in TIMELESS)
     assert all(math.isfinite(value) for row in rows for value in row.values())
+    if "--critic_init" in flags:
+        assert rows[1]["explained_variance"] == 0 != rows[2]["explained_variance"], "V = 0 at first"
 
 
 def test_adaptive_beta_moves_by_the_rollouts_kl(world, tmp_path):
@@ -642,52 +658,101 @@ def test_reward_shift_is_not_in_the_reported_reward(world, tmp_path, plain_run):
     assert rows[1]["advantage_std"] > 2 * plain_run[1][1]["advantage_std"]
 
 
-def test_preset_prints_what_it_sets_and_given_flags_win(world, tmp_path, capsys):
-    run(world, tmp_path / "run", "--preset", "ppo_max", "--beta", 0.2, "--reward_clip=0.3")
-    printed = capsys.readouterr().out
-    args = json.loads((tmp_path / "run" / "args.json").read_text())["args"]
-    expected = {
-        "normalize_reward": True,
-        "whiten_advantages": False,
-        "critic_init": "reward",
-        "ptx_coef": 0.05,
-    }
-    expected |= {"critic_warmup_steps": 10, "value_clip_range": 0.2, "max_grad_norm": 1.0}
-    for name, value in expected.items():
-        assert args[name] == value and f"--{name} {value}" in printed
-    assert (args["beta"], args["reward_clip"], args["prompts_per_step"]) == (0.2, 0.3, 4)
-    assert "leaves as given" in printed and "--beta 0.2" in printed
-    assert set(ppo.PRESETS["ppo_max"]) == set(expected) | {"beta", "reward_clip", "prompts_per_step"}
-    assert ppo.PRESETS["ppo_max"]["beta"] == 0.05 and ppo.PRESETS["ppo_max"]["reward_clip"] == 0.8
+# -------------------------------------------------------------------------------------------------- presets
+def filled_in(args, monkeypatch, capsys):
+    """The args as main takes them from the preset, of which it says nothing."""
+
+    def stop(args):
+        raise InterruptedError
+
+    with monkeypatch.context() as patch, pytest.raises(InterruptedError):
+        patch.setattr(ppo, "check_args", stop)
+        ppo.main(args)
+    assert capsys.readouterr() == ("", "")
+    return args
+
+
+PPO_MAX = {"beta": 0.05, "normalize_reward": True, "reward_clip": 0.8, "whiten_advantages": False}
+PPO_MAX |= {"critic_warmup_steps": 10, "ptx_coef": 0.05}
+WITH_EVERY_PRESET = {
+    "critic_init": "reward",
+    "value_clip_range": 0.2,
+    "max_grad_norm": 1.0,
+    "clip_range": 0.2,
+}
+WITH_EVERY_PRESET |= {"entropy_coef": 0.0, "advantage_clip": 0.0, "scale_reward": False, "kl_target": None}
+
+
+def test_presets_decide_the_flags_without_a_default(monkeypatch, capsys):
+    """PPO-max is that of "Secrets of RLHF", section 5.4, also in what it leaves as it is."""
+    plain = filled_in(parse(), monkeypatch, capsys)
+    for flags in (
+        ["--preset", "ppo_max"],
+        ["--preset", "ppo_max", "--output_dir", "beta", "--dataset", "ptx_coef"],
+    ):
+        args = vars(filled_in(parse(*flags), monkeypatch, capsys))
+        assert {name: args[name] for name in PPO_MAX} == PPO_MAX
+        assert {name: args[name] for name in WITH_EVERY_PRESET} == WITH_EVERY_PRESET
+    assert vars(filled_in(ppo.Args(), monkeypatch, capsys)) == vars(plain)
+    assert vars(filled_in(parse("--preset", "ppo"), monkeypatch, capsys)) == vars(plain)
+    changed = {name for name, value in vars(ppo.Args()).items() if value != vars(plain)[name]}
+    assert changed == set(PPO_MAX) and all(vars(plain)[name] != PPO_MAX[name] for name in PPO_MAX)
+
+
+def test_a_value_that_is_given_wins_over_the_preset(monkeypatch, capsys):
+    """Also one that the other preset would have set: every flag, on the command line and in Args."""
+    for preset, other in (("ppo", "ppo_max"), ("ppo_max", "ppo")):
+        for name, value in ppo.PRESETS[other].items():
+            expected = ppo.PRESETS[preset] | {name: value}
+            for args in (
+                parse("--preset", preset, f"--{name}", value),
+                ppo.Args(preset=preset, **{name: value}),
+            ):
+                args = vars(filled_in(args, monkeypatch, capsys))
+                assert {name: args[name] for name in expected} == expected
+    args = filled_in(parse("--preset", "ppo_max", "--beta", 0.5, "--reward_clip=0"), monkeypatch, capsys)
+    assert (args.beta, args.reward_clip, args.ptx_coef) == (0.5, 0.0, 0.05)
+
+
+def test_a_run_of_ppo_max_records_what_it_took(world, plain_run, tmp_path):
+    rows = run(world, tmp_path / "run", "--preset", "ppo_max", "--critic_warmup_steps", 1, steps=2)
+    record = json.loads((tmp_path / "run/args.json").read_text())["args"]
+    assert {name: record[name] for name in PPO_MAX} == PPO_MAX | {"critic_warmup_steps": 1}
+    assert rows[1]["ptx_logp"] < 0 and rows[2]["kl"] == 0 and rows[2]["eval_kl"] != 0
+    record = json.loads((plain_run[0] / "args.json").read_text())["args"]
+    assert {name: record[name] for name in PPO_MAX} == ppo.PRESETS["ppo"]
 
 
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (("--gamma", 1.5), "--gamma 1.5 is above 1"),
-        (("--lam", 1.5), "--lam 1.5 is above 1"),
-        (("--normalize_reward", "--scale_reward"), "--normalize_reward already scales"),
+        (("--gamma", 1.5), "--gamma 1.5 or --lam 0.95 is above 1"),
+        (("--lam", 1.5), "--gamma 1.0 or --lam 1.5 is above 1"),
+        (("--normalize_reward", "true", "--scale_reward"), "--normalize_reward already scales"),
+        (("--preset", "ppo_max", "--scale_reward"), "--normalize_reward already scales"),
         (("--critic_learning_rate", 0), "--critic_learning_rate 0.0 is out of range"),
-        (("--ptx_coef", 1, "--ptx_dataset", "data/none"), "data set 'data/none' does not exist"),
+        (("--minibatch_size", 3), "--minibatch_size does not divide --prompts_per_step 4"),
+        (("--ptx_coef", 1, "--ptx_dataset", "data/none"), "cannot read data set 'data/none'"),
     ],
 )
-def test_wrong_flags_are_refused_before_anything_is_written(world, tmp_path, flags, message):
-    with pytest.raises(ppo.RunError, match=message):
+def test_wrong_flags_are_refused_before_anything_is_written(world, tmp_path, flags, message, capsys):
+    with pytest.raises(SystemExit) as stop:
         run(world, tmp_path / "run", *flags)
+    assert stop.value.code == 2 and capsys.readouterr().err.splitlines()[-1].startswith(f"error: {message}")
     assert not (tmp_path / "run").exists()
 
 
 def test_resume_after_a_signal_is_bit_identical_with_critic_normalizer_and_beta(world, tmp_path):
-    flags = ["--normalize_reward", "--kl_target", 0.001, "--kl_horizon", 50, "--ptx_coef", 0.1]
+    flags = ["--normalize_reward", "true", "--kl_target", 0.001, "--kl_horizon", 50, "--ptx_coef", 0.1]
     straight = run(world, tmp_path / "straight", *flags, steps=4)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit, match="143"):
         signals, end_step = [], ppo.end_step
 
         def stop_at_2(args, step, *rest):
             signals.extend([15] * (step == 2))
             end_step(args, step, *rest)
 
-        patch.setattr(ppo, "received_signals", signals)
+        patch.setattr(ppo, "stop_signals", signals)
         patch.setattr(ppo, "end_step", stop_at_2)
         run(world, tmp_path / "halves", *flags, steps=4)
     halves = run(world, tmp_path / "halves", *flags, "--resume", steps=4)

@@ -195,8 +195,9 @@ def test_equal_runs_have_equal_names():
         assert a["name"] != b["name"] or a["flags"] == b["flags"]
 
 
-def test_numbers_of_the_readme_are_in_a_committed_table():
-    readme = (ROOT / "README.md").read_text()
+@pytest.mark.parametrize("page", ["README.md", "results/README.md"])
+def test_numbers_of_a_page_are_in_a_committed_table(page):
+    readme = (ROOT / page).read_text()
     sections = re.findall(r"<!-- results:(\w+) -->(.*?)<!-- /results -->", readme, re.S)
     assert sections
     for experiment, part in sections:
@@ -208,10 +209,9 @@ def test_numbers_of_the_readme_are_in_a_committed_table():
         assert numbers <= cells, f"{experiment}: {sorted(numbers - cells)}"
 
 
-def test_numbers_in_the_text_of_the_readme_are_rounded_from_a_committed_table():
-    results = (ROOT / "README.md").read_text().split("\n## Results\n")[1].split("\n## ")[0]
-    checked = 0
-    for section in results.split("\n### "):
+def test_numbers_in_the_text_of_the_results_are_rounded_from_a_committed_table():
+    results, checked = (ROOT / "results" / "README.md").read_text(), 0
+    for section in results.split("\n## "):
         tables = [table(ROOT / "results", name) for name in set(re.findall(r"<!-- results:(\w+)", section))]
         cells = [x for rows in tables for row in rows for cell in row.values() for x in NUMBER.findall(cell)]
         text = " ".join(line for line in section.splitlines() if not line.startswith(("|", "!", "<")))
