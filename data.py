@@ -32,7 +32,7 @@ from pathlib import Path
 import datasets
 import torch
 import transformers
-from transformers import AutoTokenizer, HfArgumentParser
+from transformers import AutoTokenizer
 
 
 def flag(default, text):
@@ -51,7 +51,7 @@ class Args:
 
 FORMATS = "prompt+chosen+rejected", "chosen+rejected", "prompt+completion", "messages", "prompt", "text"
 WRITTEN = ["prompt"], ["prompt", "completion"], ["prompt", "chosen", "rejected"]  # by number of responses
-SPLITS = {"train": {"train"}, "validation": {"validation", "valid", "val", "dev", "eval"}, "test": {"test"}}
+KINDS = {"train": {"train"}, "validation": {"validation", "valid", "val", "dev", "eval"}, "test": {"test"}}
 
 
 def read_data(args):
@@ -80,7 +80,7 @@ def choose_splits(names, args):
     todo = f"choose from {names} by --train_split and --test_split"
     for name in [] if any(chosen.values()) else names:
         words = set(re.findall("[a-z]+", name.lower()))
-        kinds = [split for split in SPLITS if words & SPLITS[split]]
+        kinds = [split for split in KINDS if words & KINDS[split]]
         require(len(kinds) == 1 and not chosen[kinds[0]], f"no telling what split {name!r} is for; {todo}")
         chosen[kinds[0]] = name
     require(chosen["train"] and {*names, ""} >= {*chosen.values()}, f"no such splits: {chosen}; {todo}")
@@ -209,7 +209,7 @@ def explained(wrong, todo, status=2):
     try:
         yield
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        reason = (str(error.__cause__ or error).strip() or type(error).__name__).splitlines()[0][:200]
         require(False, f"{wrong} ({reason}); {todo}", status)
 
 
@@ -237,7 +237,7 @@ def main(args):
     require(args.dataset and args.model and args.output_dir, "too few flags are given; see --help")
     folder, elsewhere = Path(args.output_dir), "choose another --output_dir"
     files = {path.name for path in folder.glob("*")}
-    ours = "data.json" in files and files <= {"data.json", *(f"{split}.jsonl" for split in SPLITS)}
+    ours = "data.json" in files and files <= {"data.json", *(f"{split}.jsonl" for split in KINDS)}
     require(ours or not (files or folder.is_file()), f"{folder} holds other files; {elsewhere}")
     require(args.overwrite or not files, f"{folder} was written before; give --overwrite, or {elsewhere}")
     with explained(f"cannot load a tokenizer from {args.model!r}", "name another --model"):
@@ -252,7 +252,7 @@ def main(args):
         lost = f"{len(part) - len(rows[split])} dropped {dropped[split] or ''}"
         require(rows[split], f"no row of {split} is left, {lost}; mend them, or change --model")
         print(f"{split}: {len(part)} rows in = {len(rows[split])} written + {lost}")
-    hold_out(rows, [split for split in SPLITS if split not in rows])
+    hold_out(rows, [split for split in KINDS if split not in rows])
     for split in ["validation", "test"]:
         shared = {row["prompt"] for row in rows["train"]} & {row["prompt"] for row in rows[split]}
         print(f"{split}: {len(rows[split])} rows; {len(shared)} of their prompts are in train, too")
@@ -273,7 +273,7 @@ def main(args):
             if folder.exists():
                 folder.rename(Path(beside, "old"))
             new.rename(folder)
-    print(f"{folder}: {', '.join(f'{sizes[split]} {split}' for split in SPLITS)} rows; next: {command}")
+    print(f"{folder}: {', '.join(f'{sizes[split]} {split}' for split in KINDS)} rows; next: {command}")
 
 
 if __name__ == "__main__":

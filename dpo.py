@@ -345,7 +345,7 @@ def explained(wrong, todo, status=2):
     try:
         yield
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        reason = (str(error.__cause__ or error).strip() or type(error).__name__).splitlines()[0][:200]
         require(False, f"{wrong} ({reason}); {todo}", status)
 
 

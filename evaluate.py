@@ -106,7 +106,7 @@ def read_score(model, prompt_ids, prompt_mask, response_ids, response_mask):
 
 
 # ------------------------------------------------------------------------------------------- data and models
-LEAST_SHARE = 0.1  # of the prompts must be within --prompt_length
+LEAST_SHARE = 0.1  # of the rows must be within the length limits
 
 
 def read_prompts(name, splits, tokenizer, args, limit=None):
@@ -235,7 +235,7 @@ def explained(wrong, todo, status=2):
     try:
         yield
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        reason = (str(error.__cause__ or error).strip() or type(error).__name__).splitlines()[0][:200]
         require(False, f"{wrong} ({reason}); {todo}", status)
 
 

@@ -41,25 +41,24 @@ def mean_over_processes(metrics, device):
 
 def main(args):
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    p3o.require("RANK" in os.environ, "there is no process group; start this with torchrun")
+    left_out = args.resume or args.reward_shift
+    p3o.require(not left_out, "--resume and --reward_shift are not in this example; use p3o.py")
     if args.device == "auto" and torch.cuda.is_available():
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(args.device)
     p3o.check_args(args)
-    p3o.require("RANK" in os.environ, "there is no process group", "start this with torchrun")
-    p3o.require(
-        args.minibatch_size % world == 0, f"{world} processes do not divide a minibatch", "use others"
-    )
-    left_out = args.resume or args.reward_shift
-    p3o.require(not left_out, "--resume and --reward_shift are not in this example", "use p3o.py")
+    B, K, divides = args.prompts_per_step, args.num_responses, args.minibatch_size % world == 0
+    p3o.require(K >= 2, "--num_responses is 1; give 2 or more")
+    p3o.require(divides, f"{world} processes do not divide --minibatch_size; use other numbers")
+    p3o.require(B % args.minibatch_size == 0, f"--minibatch_size does not divide {B} prompts; alter it")
     args.minibatch_size //= world  # (3)
-    args.micro_batch_size = min(args.micro_batch_size, args.minibatch_size)
+    args.micro_batch_size = args.micro_batch_size or args.minibatch_size
     dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
-    K = args.num_responses
     tokenizer = p3o.load_tokenizer(args.model)
-    prompts, eos_id = p3o.read_examples(args.dataset, ["train"], 0, tokenizer, args)
+    prompts = p3o.read_prompts(args.dataset, ["train"], tokenizer, args)
     policy, reference = (p3o.load_model(AutoModelForCausalLM, args.model, tokenizer, args) for _ in range(2))
-    reward_model = p3o.load_reward_model(args.reward_model, tokenizer, args)
-    models = policy, reference.requires_grad_(False), *reward_model
+    models = policy, reference, p3o.load_reward(tokenizer, args)
     parallel = DistributedDataParallel(policy)  # averages the gradients of the processes in backward (3)
     settings = {"lr": args.learning_rate, "betas": (0.9, 0.95), "eps": 1e-5, "weight_decay": 0.0}
     optimizer = torch.optim.AdamW(policy.parameters(), **settings)
@@ -69,25 +68,26 @@ def main(args):
     for step in range(1, args.steps + 1):
         torch.manual_seed(args.seed * 10**6 + step + rank * 10**5)  # (1)
         optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - (step - 1) / args.steps)
-        rows = p3o.data_order(len(prompts), args.prompts_per_step, step, args.seed)[rank::world]  # (2)
-        batch, seconds = p3o.rollout(models, [prompts[row] for row in rows], K, eos_id, tokenizer, args)
+        rows, clock = p3o.data_order(len(prompts), B, step, args.seed)[rank::world], [time.perf_counter()]
+        batch = p3o.sample_batch(policy, [prompts[row] for row in rows], K, tokenizer, args)  # (2)
+        clock.append(time.perf_counter())
+        batch = p3o.score_batch(batch, models, args.micro_batch_size * K, args)
         logp_old_seq, logp_ref_seq = (batch[x].sum(1).view(-1, K) for x in ("logp_old_tok", "logp_ref_tok"))
-        reward = p3o.trajectory_reward(batch["score"].view(-1, K), logp_old_seq, logp_ref_seq, args.beta)
-        updates, clock = [], time.perf_counter()
+        score = batch["score"].view(-1, K)  # (B / processes, K)
+        reward = p3o.trajectory_reward(score, logp_old_seq, logp_ref_seq, args.beta)
+        clock.append(time.perf_counter())
+        updates = []
         for _ in range(args.epochs):
             for minibatch in torch.randperm(len(rows)).split(args.minibatch_size):
                 updates.append(p3o.update_policy(parallel, optimizer, batch, reward, minibatch, step, args))
-        seconds["seconds_update"] = time.perf_counter() - clock
-        metrics = p3o.rollout_metrics(batch, K, args.beta) | p3o.update_metrics(updates)
-        metrics |= p3o.cost_metrics(batch["response_mask"].sum().item(), seconds)
-        metrics = mean_over_processes(metrics, args.device)
+        clock.append(time.perf_counter())
+        metrics = p3o.batch_metrics(batch, K, args.beta) | p3o.update_metrics(updates)
+        metrics = mean_over_processes(metrics | p3o.cost_metrics(batch, clock), args.device)
         if rank == 0:  # (4)
             state = {"optimizer": optimizer.state_dict()}
             p3o.end_step(args, step, metrics, {"": policy}, tokenizer, state)
-            print(
-                f"step {step}: reward {metrics['reward']:.3f}, KL {metrics['kl']:.2f} nats/response",
-                flush=True,
-            )
+            reached = f"reward {metrics['reward']:.3f}, KL {metrics['kl']:.2f} nats/response"
+            print(f"step {step}: {reached}", flush=True)
     dist.barrier()
     dist.destroy_process_group()
 

@@ -123,3 +123,27 @@ def chain(tmp_path_factory):
         done = run_script(script, *args, cwd=folder)
         assert done.returncode == 0, f"{script}: {done.stdout}{done.stderr}"
     return folder
+
+
+QUICK = [
+    "--prompts_per_step",
+    16,
+    "--minibatch_size",
+    8,
+    "--steps",
+    6,
+    "--learning_rate",
+    1e-3,
+    "--beta",
+    0.1,
+]
+QUICK += ["--eval_every", 0, "--eval_prompts", 64, "--device", "cpu"]  # a run of an RL script that learns
+
+
+@pytest.fixture(scope="session")
+def p3o_run(chain, tmp_path_factory):
+    """The folder of a run of p3o.py with QUICK, and what it printed; read only."""
+    folder = tmp_path_factory.mktemp("runs") / "p3o"
+    done = run_script("p3o.py", *QUICK, "--output_dir", folder, cwd=chain)
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout

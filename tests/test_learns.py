@@ -4,10 +4,7 @@ import json
 import statistics
 
 import pytest
-from conftest import run_script
-
-QUICK = ["--prompts_per_step", 32, "--minibatch_size", 16, "--steps", 8, "--learning_rate", 1e-3]
-QUICK += ["--eval_every", 0, "--eval_prompts", 96, "--beta", 0.1]
+from conftest import QUICK, run_script
 
 
 def read(folder, name):
@@ -17,7 +14,7 @@ def read(folder, name):
 @pytest.mark.parametrize(
     "script, options",
     [
-        ("p3o.py", []),
+        ("p3o.py", None),  # the run that other tests read too
         ("p3o.py", ["--clipping", "separate", "--max_importance_weight", 10]),
         ("p3o.py", ["--clipping", "none", "--epochs", 1, "--num_responses", 4]),
         ("ppo.py", []),
@@ -25,21 +22,24 @@ def read(folder, name):
     ],
     ids=["p3o-v2", "p3o-v1", "pairwise-gradient-4-responses", "ppo", "online-dpo"],
 )
-def test_the_reward_rises(chain, tmp_path, script, options):
-    done = run_script(script, *QUICK, *options, "--output_dir", tmp_path / "run", cwd=chain)
-    assert done.returncode == 0, done.stderr
-    rewards = {0: [], 8: []}
-    for sample in read(tmp_path / "run", "samples.jsonl"):
+def test_the_reward_rises(chain, p3o_run, tmp_path, script, options):
+    folder = p3o_run[0]
+    if options is not None:
+        folder = tmp_path / "run"
+        done = run_script(script, *QUICK, *options, "--output_dir", folder, cwd=chain)
+        assert done.returncode == 0, done.stderr
+    rewards = {0: [], 6: []}
+    for sample in read(folder, "samples.jsonl"):
         rewards[sample["step"]].append(sample["reward"])
-    before, after = rewards[0], rewards[8]
+    before, after = rewards[0], rewards[6]
     error = (statistics.variance(before) / len(before) + statistics.variance(after) / len(after)) ** 0.5
-    assert statistics.mean(after) - statistics.mean(before) > 4 * error
-    metrics = read(tmp_path / "run", "metrics.jsonl")
+    assert len(before) == 64 and statistics.mean(after) - statistics.mean(before) > 4 * error
+    metrics = read(folder, "metrics.jsonl")
     assert metrics[0]["eval_kl"] == 0  # the policy starts as the reference
     assert 0 < metrics[-1]["eval_kl"] < 15
     if script != "dpo.py":  # labels hide by how much a response is better: so few steps overshoot in KL
         assert metrics[-1]["eval_objective"] > metrics[0]["eval_objective"]
-    assert [row["step"] for row in metrics] == list(range(9))
+    assert [row["step"] for row in metrics] == list(range(7))
 
 
 def test_sft_and_reward_model_learn(chain):

@@ -86,14 +86,13 @@ def kill_at(number):
     at_operation(number, kill)
 
 
-def kill_in_checkpoint(number):
-    """In the middle of the number-th checkpoint: half of the new one is there."""
-    plain, calls = torch.save, []
+def kill_in_checkpoint(step):
+    """In the middle of the first checkpoint of that step or a later one: half of the new file is there."""
+    plain = torch.save
 
     def save(state, path):
         plain(state, path)
-        calls.append(path)
-        if len(calls) == number:
+        if state["step"] >= step:
             os.truncate(path, os.stat(path).st_size // 2)
             kill()
 
@@ -305,9 +304,11 @@ def test_killed_and_resumed(name, undisturbed, new_run):
     run, way = new_run(name), list(RUNS).index(name)
     while killed < KILLS:
         way += 1
-        ways = [(kill_at, rng.randint(1, expected.operations)), (kill_in_checkpoint, rng.randint(1, 2))]
-        ways += [(kill_in_export, rng.randint(1, 2))]
-        if KILLS > 10 and way % 4 == 0:
+        ways = [(kill_at, rng.randint(1, expected.operations * 2 // 3)), (kill_in_export, rng.randint(1, 3))]
+        ways += [(kill_in_checkpoint, rng.randint(1, STEPS))]
+        if killed == KILLS - 1:
+            status = run.go((kill_in_checkpoint, 3))  # so that at the end a checkpoint is resumed
+        elif KILLS > 9 and way % 4 == 0:
             process = run.start()
             time.sleep(rng.random())
             process.kill()
@@ -317,18 +318,18 @@ def test_killed_and_resumed(name, undisturbed, new_run):
             status = run.go(ways[way % 3])
         assert status in (-signal.SIGKILL, 0), run.said()
         killed += status != 0
-        if status == 0:  # it came through between the kills: another one
+        if status == 0:  # it came through: another one
             assert_same_runs(run, expected)
             run = new_run(name)
     assert run.go() == 0, run.said()
     assert_same_runs(run, expected)
 
 
-@pytest.mark.parametrize("way", [kill_in_checkpoint, kill_in_export])
+@pytest.mark.parametrize("way", [(kill_in_checkpoint, STEPS), (kill_in_export, 3)])
 def test_killed_while_the_last_step_is_saved(way, undisturbed, new_run):
     """Where the last checkpoint is in place there is nothing left to do: so it comes last."""
     run = new_run("sft")
-    assert run.go((way, 3)) == -signal.SIGKILL and run.checkpoint()["step"] == 4
+    assert run.go(way) == -signal.SIGKILL and run.checkpoint()["step"] == 4
     assert run.go() == 0, run.said()
     assert_same_runs(run, undisturbed["sft"])
 
