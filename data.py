@@ -225,9 +225,9 @@ def guard(main, args_class):
     try:
         main(args)
     except torch.OutOfMemoryError:
-        require(False, "out of memory; lower --micro_batch_size or lengths, or use --dtype bfloat16", 1)
+        require(False, "out of memory; lower batch sizes or lengths, or use --dtype bfloat16", 1)
     except OSError as error:
-        require(False, f"{error}; mend that, and go on with --resume", 1)
+        require(False, f"{error}; mend that and run it again, training with --resume", 1)
     except KeyboardInterrupt:
         require(False, "interrupted; what was saved is kept", 130)
 

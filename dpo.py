@@ -75,6 +75,7 @@ class Args:
     overwrite: bool = flag(False, "replace the run in output_dir")
 
 
+# All other numbers must be positive: check_args.
 MAY_BE_ZERO = "seed micro_batch_size missing_eos_penalty eval_every save_every".split()
 
 
@@ -118,7 +119,7 @@ def model_inputs(prompt_ids, prompt_mask, response_ids, response_mask):
 
 
 def response_distributions(model, prompt_ids, prompt_mask, response_ids, response_mask, temperature=1.0):
-    """log pi(. | x, y_<t) at every response position: (B, R, V), float32 whatever the model's dtype."""
+    """log pi(. | x, y_<t) at every response position: (N, R, V), float32 whatever the model's dtype."""
     inputs = model_inputs(prompt_ids, prompt_mask, response_ids, response_mask)
     keep = response_ids.shape[1] + 1  # the last prompt token predicts the first response token
     logits = model(**inputs, use_cache=False, logits_to_keep=keep).logits[:, :-1]
@@ -126,20 +127,20 @@ def response_distributions(model, prompt_ids, prompt_mask, response_ids, respons
 
 
 def response_logps(model, prompt_ids, prompt_mask, response_ids, response_mask, temperature=1.0):
-    """log pi(y_t | x, y_<t) in nats: (B, R), float32, 0 where response_mask is False; gradients flow.
+    """log pi(y_t | x, y_<t) in nats: (N, R), float32, 0 where response_mask is False; gradients flow.
 
-    Prompts (B, P) are padded on the left, responses (B, R) on the right; masks are boolean.
+    Prompts (N, P) are padded on the left, responses (N, R) on the right; masks are boolean.
     """
     logps = response_distributions(model, prompt_ids, prompt_mask, response_ids, response_mask, temperature)
     return logps.gather(-1, response_ids.unsqueeze(-1)).squeeze(-1).masked_fill(~response_mask, 0.0)
 
 
 def read_score(model, prompt_ids, prompt_mask, response_ids, response_mask):
-    """r(x, y): the score head read at the last response token, by position: pad may be EOS. (B,), float32."""
+    """r(x, y): the score head read at the last response token, by position: pad may be EOS. (N,), float32."""
     inputs = model_inputs(prompt_ids, prompt_mask, response_ids, response_mask)
-    hidden = model.base_model(**inputs, use_cache=False).last_hidden_state.float()  # (B, P + R, D)
+    hidden = model.base_model(**inputs, use_cache=False).last_hidden_state.float()  # (N, P + R, D)
     with torch.autocast(hidden.device.type, enabled=False):  # bfloat16 would round scores by up to 1%
-        values = model.score(hidden[:, prompt_ids.shape[1] - 1 :]).squeeze(-1)  # (B, 1 + R)
+        values = model.score(hidden[:, prompt_ids.shape[1] - 1 :]).squeeze(-1)  # (N, 1 + R)
     return values.gather(1, response_mask.sum(1, keepdim=True)).squeeze(1)
 
 
@@ -196,7 +197,8 @@ def load_model(auto_class, name, tokenizer, args, may_miss=(), **options):
         options |= {"dtype": torch.float32, "output_loading_info": True}
         model, info = auto_class.from_pretrained(name, **options)
         model = model.eval().to(args.device)
-        # A probe: the last token is known, and neither padding nor a later token changes what a token gives.
+        # A probe: hidden states of [1, 2, 0] alone and behind a pad agree, whatever follows; and the
+        # tokenizer's last id has an embedding.
         ids = torch.tensor([[1, 2, 0, len(tokenizer) - 1], [0, 1, 2, 0]], device=args.device)
         mask = torch.tensor([[True] * 4, [False, True, True, True]], device=args.device)
         with torch.no_grad():
@@ -206,7 +208,8 @@ def load_model(auto_class, name, tokenizer, args, may_miss=(), **options):
     require(same, f"{name!r} sees padding or later tokens, or is not finite; use a decoder-only model")
     whole = set(info["missing_keys"]) <= set(may_miss) and "score.weight" not in info["unexpected_keys"]
     require(whole, f"{name!r} is not a whole {auto_class.__name__.removeprefix('AutoModelFor')}; name one")
-    need, most = args.prompt_length + args.response_length, model.config.max_position_embeddings
+    need = args.prompt_length + args.response_length
+    most = getattr(model.config, "max_position_embeddings", need)
     require(need <= most, f"{name!r} holds {most} tokens, not {need}; lower --prompt_length")
     return model
 
@@ -232,14 +235,14 @@ def sample_batch(policy, rows, num_responses, tokenizer, args):
     """K responses to each prompt of B rows: a batch, a dict of N = B * K rows, tensors and lists of texts."""
     rows = [row for row in rows for _ in range(num_responses)]
     prompt_ids, prompt_mask = pad([row["prompt_ids"] for row in rows], "left", tokenizer, args.device)
-    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    whole = {"do_sample": True, "temperature": args.temperature, "top_k": 0, "top_p": 1.0}
+    config = {"do_sample": True, "temperature": args.temperature, "top_k": 0, "top_p": 1.0}
+    config |= {"max_new_tokens": args.response_length, "remove_invalid_values": True}
+    config |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     policy.generation_config = transformers.GenerationConfig(
-        **whole, **ends
+        **config
     )  # saved with it: it will sample as here
-    options = {"max_new_tokens": args.response_length, "remove_invalid_values": True}
     with autocast(args):
-        ids = policy.generate(input_ids=prompt_ids, attention_mask=prompt_mask.long(), **options)
+        ids = policy.generate(input_ids=prompt_ids, attention_mask=prompt_mask.long())
     ids = ids[:, prompt_ids.shape[1] :]  # (N, R)
     is_eos = ids == tokenizer.eos_token_id
     mask = is_eos.cumsum(1) - is_eos.int() == 0  # up to the first EOS, by position: pad may be EOS
@@ -257,14 +260,15 @@ def score_batch(batch, models, size, args):
 
     By the forward pass of training, as the sampler's log-probs are not the same bits; `size` rows at a time.
     """
-    (policy, reference, reward), parts = models, []
+    policy, reference, score_fn = models
+    parts = []
     for first in range(0, len(batch["response"]), size):
         part = {name: x[first : first + size] for name, x in batch.items()}
         tokens = [part[name] for name in TOKENS]
         with autocast(args):
             log_old = response_distributions(policy, *tokens, args.temperature)  # (n, R, V)
             log_ref = response_distributions(reference, *tokens, args.temperature)
-            score = reward(part).double()
+            score = torch.as_tensor(score_fn(part), dtype=torch.float64, device=args.device).flatten()
         ids, outside = part["response_ids"].unsqueeze(-1), ~part["response_mask"]
         values = {"logp_old_tok": log_old.gather(-1, ids).squeeze(-1)}
         values["logp_ref_tok"] = log_ref.gather(-1, ids).squeeze(-1)
@@ -296,12 +300,13 @@ def batch_metrics(batch, num_responses, beta):
 
 
 def cost_metrics(batch, clock):
-    """Seconds by phase, from the clock around them; response tokens per second; peak memory of the GPU."""
-    seconds = {"seconds_rollout": clock[1] - clock[0], "seconds_score": clock[2] - clock[1]}
-    seconds["seconds_update"] = clock[3] - clock[2]
-    tokens_per_second = batch["response_mask"].sum().item() / (clock[3] - clock[0])
-    peak = torch.cuda.max_memory_allocated() / 1e9
-    return seconds | {"tokens_per_second": tokens_per_second, "peak_memory_gb": peak}
+    """Seconds by phase, from the clock around them; tokens per second; the GPU's peak memory."""
+    started, sampled, scored, updated = clock
+    seconds = {"seconds_rollout": sampled - started, "seconds_score": scored - sampled}
+    seconds |= {"seconds_update": updated - scored}
+    mask = batch["response_mask"]
+    peak = torch.cuda.max_memory_allocated(mask.device) / 1e9 if mask.is_cuda else 0.0
+    return seconds | {"tokens_per_second": mask.sum().item() / (updated - started), "peak_memory_gb": peak}
 
 
 def evaluate(step, models, held_out, tokenizer, args):
@@ -318,15 +323,9 @@ def evaluate(step, models, held_out, tokenizer, args):
     return metrics
 
 
-def print_result(args, metrics, start):
-    """The last line: what the policy reached, and where it is."""
-    reached = f"reward {metrics['eval_reward']:.3f} at KL {metrics['eval_kl']:.2f} nats/response"
-    minutes = (time.perf_counter() - start) / 60
-    print(f"{args.output_dir}: {reached} on held-out prompts; {args.steps} steps, {minutes:.1f} minutes")
-
-
 # ------------------------------------------------------------------------------- the run folder and failures
 MAY_CHANGE = "steps", "save_every", "device", "resume", "overwrite"  # on --resume
+INPUTS = "model", "reward_model", "dataset", "ptx_dataset"  # nothing may be written over them
 LOGS = "metrics.jsonl", "samples.jsonl"
 stop_signals = []
 
@@ -350,7 +349,7 @@ def explained(wrong, todo, status=2):
 
 
 def check_args(args):
-    """Numbers in range, an output folder that is free or holds a run to go on with, and the device."""
+    """Numbers in range, an output folder that is free or holds a run to go on with; sets the device."""
     for name, value in vars(args).items():
         least = 0 if name in MAY_BE_ZERO else 1e-12
         in_range = isinstance(value, bool) or not isinstance(value, int | float) or least <= value <= 1e9
@@ -361,31 +360,40 @@ def check_args(args):
     require(is_run or not args.resume, f"{folder} holds no run; leave out --resume")
     unclear = is_run and args.resume == args.overwrite
     require(not unclear, f"{folder} holds a run; give either --resume or --overwrite, or {todo}")
-    inputs = [Path(value).resolve() for value in (args.model, args.dataset)]
-    require(folder.resolve() not in inputs, f"--output_dir {folder} is an input; {todo}")
+    for name in [name for name in INPUTS if getattr(args, name, None)]:
+        path = Path(getattr(args, name)).resolve()
+        inside = folder.resolve() in (path, *path.parents)
+        require(not inside, f"--output_dir {folder} holds the input --{name}; {todo}")
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    with explained(f"cannot use --device {args.device}", "give auto, cpu or cuda"):
+        torch.zeros(1, device=args.device).item()
 
 
 def open_run(args):
-    """Makes the output folder. Returns the checkpoint to --resume from, {"step", "models", ...}, or None."""
+    """Makes the output folder, cuts the logs back to the checkpoint and takes over the signals.
+
+    Returns that checkpoint, {"step", "models", ...}, on --resume, else None.
+    """
     folder, path, checkpoint = Path(args.output_dir), Path(args.output_dir, "checkpoint.pt"), None
     if args.resume and path.exists():
         with explained(f"cannot read {path}", "start again with --overwrite"):
-            checkpoint = torch.load(path, map_location=args.device, weights_only=True)
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         for name, was in checkpoint["args"].items():
             now, todo = getattr(args, name, None), f"on --resume only {', '.join(MAY_CHANGE)} may change"
             require(was == now or name in MAY_CHANGE, f"--{name} was {was} and is now {now}; {todo}")
-        done = checkpoint["step"]
-        require(done <= args.steps, f"{folder} has done {done} steps of {args.steps}; raise --steps")
-    sizes = checkpoint["log_sizes"] if checkpoint else {}
+        done = checkpoint["step"]  # stopped exactly here, the run would lack its last evaluation
+        whole = done == args.steps and any(name.startswith("eval_") for name in checkpoint["metrics"])
+        require(whole or done < args.steps, f"{folder} has done {done} of {args.steps} steps; raise --steps")
+    elif args.resume:
+        print(f"{folder} has no checkpoint: it begins at step 0", flush=True)
     with explained(f"cannot write to {folder}", "choose another --output_dir"):
         folder.mkdir(parents=True, exist_ok=True)
-        if args.overwrite:
-            path.unlink(missing_ok=True)
+        for name in ("checkpoint.pt", "config.json") if args.overwrite else ():
+            (folder / name).unlink(missing_ok=True)  # a model without config.json is not taken for this run's
         (folder / "args.json").write_text(json.dumps({"args": vars(args)}, indent=2))
         for log in [folder / name for name in LOGS if (folder / name).exists()]:
-            os.truncate(log, sizes.get(log.name, 0))  # back to the checkpoint: neither gaps nor repeats
+            os.truncate(log, checkpoint["log_sizes"].get(log.name, 0) if checkpoint else 0)
     signal.signal(signal.SIGINT, on_signal)
     signal.signal(signal.SIGTERM, on_signal)
     return checkpoint
@@ -406,7 +414,7 @@ def append_jsonl(args, name, row):
 def require_finite(metrics, step, args):
     """Stops the run before a bad gradient reaches the weights."""
     found = f"loss {metrics['loss']}, gradient norm {metrics['grad_norm']} at step {step}"
-    todo = f"lower --learning_rate in a new run; the last good checkpoint is in {args.output_dir}"
+    todo = f"lower --learning_rate in a new run; the last good checkpoint, if any, is in {args.output_dir}"
     require(math.isfinite(metrics["loss"] + metrics["grad_norm"]), f"{found}; {todo}", 1)
 
 
@@ -446,9 +454,9 @@ def guard(main, args_class):
     try:
         main(args)
     except torch.OutOfMemoryError:
-        require(False, "out of memory; lower --micro_batch_size or lengths, or use --dtype bfloat16", 1)
+        require(False, "out of memory; lower batch sizes or lengths, or use --dtype bfloat16", 1)
     except OSError as error:
-        require(False, f"{error}; mend that, and go on with --resume", 1)
+        require(False, f"{error}; mend that and run it again, training with --resume", 1)
     except KeyboardInterrupt:
         require(False, "interrupted; what was saved is kept", 130)
 
@@ -589,7 +597,9 @@ def main(args):
             metrics |= evaluate(step, models, held_out, tokenizer, args)
             metrics |= evaluate_pairs(models, pairs, tokenizer, args)
         end_step(args, step, metrics, {"": policy}, tokenizer, {"optimizer": optimizer.state_dict()})
-    print_result(args, metrics, start)
+    reached = f"reward {metrics['eval_reward']:.3f} at KL {metrics['eval_kl']:.2f} nats/response"
+    minutes = (time.perf_counter() - start) / 60
+    print(f"{args.output_dir}: {reached} on held-out prompts; {args.steps} steps, {minutes:.1f} minutes")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ answers.jsonl, a line a response: policy, prompt_id, prompt, response, response_
 toy.py made the data), logp (nats, under every policy and the SFT model), kl_exact (of the next-token
 distributions to the SFT model's, summed along the response), length (tokens, EOS included), ended.
 meta.json: the settings. One policy is in memory at a time, beside SFT and reward model. What was answered
-under the same settings is not answered again: a killed evaluation goes on, a new run joins the others.
+under the same settings is not answered again: a killed evaluation goes on, a new run joins the others. The
+answers of a run that is not named any more are left out.
 
 Legend: P prompts, S responses of a policy to each. In the helpers shared with training: B prompts,
 K responses to each, N = B * K rows, P prompt length, R response length, V vocabulary.
@@ -58,6 +59,7 @@ class Args:
     overwrite: bool = flag(False, "replace answers that were made with other settings")
 
 
+# All other numbers must be positive.
 MAY_BE_ZERO = "seed missing_eos_penalty".split()
 SHARED = "reward_model", "temperature", "prompt_length", "response_length", "missing_eos_penalty"
 
@@ -80,7 +82,7 @@ def model_inputs(prompt_ids, prompt_mask, response_ids, response_mask):
 
 
 def response_distributions(model, prompt_ids, prompt_mask, response_ids, response_mask, temperature=1.0):
-    """log pi(. | x, y_<t) at every response position: (B, R, V), float32 whatever the model's dtype."""
+    """log pi(. | x, y_<t) at every response position: (N, R, V), float32 whatever the model's dtype."""
     inputs = model_inputs(prompt_ids, prompt_mask, response_ids, response_mask)
     keep = response_ids.shape[1] + 1  # the last prompt token predicts the first response token
     logits = model(**inputs, use_cache=False, logits_to_keep=keep).logits[:, :-1]
@@ -88,20 +90,20 @@ def response_distributions(model, prompt_ids, prompt_mask, response_ids, respons
 
 
 def response_logps(model, prompt_ids, prompt_mask, response_ids, response_mask, temperature=1.0):
-    """log pi(y_t | x, y_<t) in nats: (B, R), float32, 0 where response_mask is False; gradients flow.
+    """log pi(y_t | x, y_<t) in nats: (N, R), float32, 0 where response_mask is False; gradients flow.
 
-    Prompts (B, P) are padded on the left, responses (B, R) on the right; masks are boolean.
+    Prompts (N, P) are padded on the left, responses (N, R) on the right; masks are boolean.
     """
     logps = response_distributions(model, prompt_ids, prompt_mask, response_ids, response_mask, temperature)
     return logps.gather(-1, response_ids.unsqueeze(-1)).squeeze(-1).masked_fill(~response_mask, 0.0)
 
 
 def read_score(model, prompt_ids, prompt_mask, response_ids, response_mask):
-    """r(x, y): the score head read at the last response token, by position: pad may be EOS. (B,), float32."""
+    """r(x, y): the score head read at the last response token, by position: pad may be EOS. (N,), float32."""
     inputs = model_inputs(prompt_ids, prompt_mask, response_ids, response_mask)
-    hidden = model.base_model(**inputs, use_cache=False).last_hidden_state.float()  # (B, P + R, D)
+    hidden = model.base_model(**inputs, use_cache=False).last_hidden_state.float()  # (N, P + R, D)
     with torch.autocast(hidden.device.type, enabled=False):  # bfloat16 would round scores by up to 1%
-        values = model.score(hidden[:, prompt_ids.shape[1] - 1 :]).squeeze(-1)  # (B, 1 + R)
+        values = model.score(hidden[:, prompt_ids.shape[1] - 1 :]).squeeze(-1)  # (N, 1 + R)
     return values.gather(1, response_mask.sum(1, keepdim=True)).squeeze(1)
 
 
@@ -140,7 +142,8 @@ def load_model(auto_class, name, tokenizer, args, may_miss=(), **options):
         options |= {"dtype": torch.float32, "output_loading_info": True}
         model, info = auto_class.from_pretrained(name, **options)
         model = model.eval().to(args.device)
-        # A probe: the last token is known, and neither padding nor a later token changes what a token gives.
+        # A probe: hidden states of [1, 2, 0] alone and behind a pad agree, whatever follows; and the
+        # tokenizer's last id has an embedding.
         ids = torch.tensor([[1, 2, 0, len(tokenizer) - 1], [0, 1, 2, 0]], device=args.device)
         mask = torch.tensor([[True] * 4, [False, True, True, True]], device=args.device)
         with torch.no_grad():
@@ -150,7 +153,8 @@ def load_model(auto_class, name, tokenizer, args, may_miss=(), **options):
     require(same, f"{name!r} sees padding or later tokens, or is not finite; use a decoder-only model")
     whole = set(info["missing_keys"]) <= set(may_miss) and "score.weight" not in info["unexpected_keys"]
     require(whole, f"{name!r} is not a whole {auto_class.__name__.removeprefix('AutoModelFor')}; name one")
-    need, most = args.prompt_length + args.response_length, model.config.max_position_embeddings
+    need = args.prompt_length + args.response_length
+    most = getattr(model.config, "max_position_embeddings", need)
     require(need <= most, f"{name!r} holds {most} tokens, not {need}; lower --prompt_length")
     return model
 
@@ -176,14 +180,14 @@ def sample_batch(policy, rows, num_responses, tokenizer, args):
     """K responses to each prompt of B rows: a batch, a dict of N = B * K rows, tensors and lists of texts."""
     rows = [row for row in rows for _ in range(num_responses)]
     prompt_ids, prompt_mask = pad([row["prompt_ids"] for row in rows], "left", tokenizer, args.device)
-    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    whole = {"do_sample": True, "temperature": args.temperature, "top_k": 0, "top_p": 1.0}
+    config = {"do_sample": True, "temperature": args.temperature, "top_k": 0, "top_p": 1.0}
+    config |= {"max_new_tokens": args.response_length, "remove_invalid_values": True}
+    config |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     policy.generation_config = transformers.GenerationConfig(
-        **whole, **ends
+        **config
     )  # saved with it: it will sample as here
-    options = {"max_new_tokens": args.response_length, "remove_invalid_values": True}
     with autocast(args):
-        ids = policy.generate(input_ids=prompt_ids, attention_mask=prompt_mask.long(), **options)
+        ids = policy.generate(input_ids=prompt_ids, attention_mask=prompt_mask.long())
     ids = ids[:, prompt_ids.shape[1] :]  # (N, R)
     is_eos = ids == tokenizer.eos_token_id
     mask = is_eos.cumsum(1) - is_eos.int() == 0  # up to the first EOS, by position: pad may be EOS
@@ -201,14 +205,15 @@ def score_batch(batch, models, size, args):
 
     By the forward pass of training, as the sampler's log-probs are not the same bits; `size` rows at a time.
     """
-    (policy, reference, reward), parts = models, []
+    policy, reference, score_fn = models
+    parts = []
     for first in range(0, len(batch["response"]), size):
         part = {name: x[first : first + size] for name, x in batch.items()}
         tokens = [part[name] for name in TOKENS]
         with autocast(args):
             log_old = response_distributions(policy, *tokens, args.temperature)  # (n, R, V)
             log_ref = response_distributions(reference, *tokens, args.temperature)
-            score = reward(part).double()
+            score = torch.as_tensor(score_fn(part), dtype=torch.float64, device=args.device).flatten()
         ids, outside = part["response_ids"].unsqueeze(-1), ~part["response_mask"]
         values = {"logp_old_tok": log_old.gather(-1, ids).squeeze(-1)}
         values["logp_ref_tok"] = log_ref.gather(-1, ids).squeeze(-1)
@@ -251,9 +256,9 @@ def guard(main, args_class):
     try:
         main(args)
     except torch.OutOfMemoryError:
-        require(False, "out of memory; lower --micro_batch_size or lengths, or use --dtype bfloat16", 1)
+        require(False, "out of memory; lower batch sizes or lengths, or use --dtype bfloat16", 1)
     except OSError as error:
-        require(False, f"{error}; mend that, and go on with --resume", 1)
+        require(False, f"{error}; mend that and run it again, training with --resume", 1)
     except KeyboardInterrupt:
         require(False, "interrupted; what was saved is kept", 130)
 
@@ -398,6 +403,7 @@ def main(args):
     tokenizer, gold = load_tokenizer(args.model), load_gold(args.dataset)
     prompts = read_prompts(args.dataset, ["test", "validation"], tokenizer, args, args.num_prompts)
     settings = {x: y for x, y in vars(args).items() if x not in ("runs", "output_dir", "device", "overwrite")}
+    settings["weights"] = [fingerprint(args.model), fingerprint(args.reward_model)]
     weights = {name: fingerprint(folder) for name, folder in folders.items()}
     meta = {"model": args.model, "reward_model": args.reward_model, "dataset": args.dataset}
     meta |= {"policies": folders, "num_prompts": len(prompts), "temperature": args.temperature}

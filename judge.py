@@ -147,7 +147,7 @@ def request(client, model, text, stop):
     for wait in (*JUDGE_WAITS, None):
         try:
             choice = client.chat_completion([{"role": "user", "content": text}], model=model).choices[0]
-            content = choice.message.content or ""
+            content = choice.message.content
             parts = content if isinstance(content, list) else [{"text": content}]
             return "".join(part.get("text") or "" for part in parts), 200
         except Exception as error:  # of the client, of HTTP, of a malformed answer: many kinds

@@ -14,13 +14,14 @@ fix a reward only up to an offset per prompt; differences do not see that offset
     P3O-V2                    log(pi(y1) / pi(y2)) clipped                    p3o_loss(clipping="joint")
 
 Departures from the paper: K > 2 responses use all pairs. V2's d is centred by its value under pi_old: same
-gradient. Each importance ratio is held within exp(+-20), float32's reach, so V2's rho_1 rho_2 within
-exp(+-40). A response cut off without EOS loses --missing_eos_penalty. --max_importance_weight is the first
+gradient. Each importance ratio is held within exp(+-20), so V2's rho_1 rho_2 within exp(+-40): float32 stays
+finite. A response cut off without EOS loses --missing_eos_penalty. --max_importance_weight is the first
 author's code's, and off by default. --clipping none is the plain pairwise gradient, without the importance
 weight: after the first optimizer step on a batch it is not the gradient at the current policy any more.
 
 Legend: B prompts, K responses to each, N = B * K rows; P prompt length, R response length, V vocabulary.
 Prompts are padded on the left, responses on the right. Masks are boolean, True counts. Logs are in nats.
+score is r, reward is R; the logged "reward" is the mean score. require() and explained(), below, end a run.
 """
 
 import json
@@ -55,7 +56,7 @@ class Args:
     device: str = flag("auto", "auto (cuda when there is one), cpu, cuda, cuda:1, ...")
     dtype: Literal["float32", "bfloat16"] = flag("float32", "bfloat16: autocast, over float32 weights")
     learning_rate: float = flag(3e-4, "AdamW, falls linearly to 0; 1e-6 to 1e-5 for pretrained models")
-    steps: int = flag(60, "rollouts in all; raised on --resume, the learning rate jumps up")
+    steps: int = flag(60, "rollouts in all; raised on --resume, the decay stretches: the rate jumps up")
     prompts_per_step: int = flag(64, "B, prompts per rollout")
     num_responses: int = flag(2, "K, responses per prompt; all K (K - 1) / 2 pairs are used")
     epochs: int = flag(2, "passes over each rollout; 1 to 4")
@@ -65,7 +66,9 @@ class Args:
     clipping: Literal["joint", "separate", "none"] = flag("joint", "P3O-V2, V1, or plain pairwise gradient")
     clip_range: float = flag(0.2, "epsilon: of rho (V1), of the difference of log rho in nats (V2)")
     max_importance_weight: float | None = flag(None, "c: weights held in [1/c, c]; author's code: 10")
-    reward_shift: float = flag(0.0, "times a fixed normal offset per prompt, added to the scores")
+    reward_shift: float = flag(
+        0.0, "times a fixed normal offset per prompt, added to the scores but not in logs"
+    )
     missing_eos_penalty: float = flag(1.0, "subtracted from the score of a response cut off without EOS")
     temperature: float = flag(1.0, "divides the logits, when sampling and in every log-prob")
     prompt_length: int = flag(32, "tokens; longer prompts are left out and counted")
@@ -78,6 +81,7 @@ class Args:
     overwrite: bool = flag(False, "replace the run in output_dir")
 
 
+# All other numbers must be positive: check_args.
 MAY_BE_ZERO = "seed micro_batch_size beta reward_shift missing_eos_penalty eval_every save_every".split()
 
 
@@ -115,8 +119,10 @@ def p3o_loss(
     logp_new_seq, logp_old_seq (nats per response), reward: (B, K). Mean over prompts and pairs of responses.
     max_importance_weight: c, the weight rho_1 rho_2 (V1: rho_-i) is held in [1/c, c]; None: it is not.
     Returns the loss and {"clip_fraction": share of terms whose gradient the clip removed, "log_ratio_max":
-    max |log rho|}. ValueError if K < 2, shapes differ or clipping is neither of the two.
+    max |log rho|}. ValueError if K < 2, shapes differ, c < 1 or clipping is neither of the two.
     """
+    if max_importance_weight is not None and max_importance_weight < 1:
+        raise ValueError(f"max_importance_weight is {max_importance_weight}, not at least 1")
     shapes = [tuple(x.shape) for x in (logp_new_seq, logp_old_seq, reward)]
     if len(set(shapes)) > 1 or len(shapes[0]) != 2 or shapes[0][1] < 2:
         raise ValueError(f"expected three of (B, K), K >= 2: {shapes}")
@@ -163,7 +169,7 @@ def model_inputs(prompt_ids, prompt_mask, response_ids, response_mask):
 
 
 def response_distributions(model, prompt_ids, prompt_mask, response_ids, response_mask, temperature=1.0):
-    """log pi(. | x, y_<t) at every response position: (B, R, V), float32 whatever the model's dtype."""
+    """log pi(. | x, y_<t) at every response position: (N, R, V), float32 whatever the model's dtype."""
     inputs = model_inputs(prompt_ids, prompt_mask, response_ids, response_mask)
     keep = response_ids.shape[1] + 1  # the last prompt token predicts the first response token
     logits = model(**inputs, use_cache=False, logits_to_keep=keep).logits[:, :-1]
@@ -171,20 +177,20 @@ def response_distributions(model, prompt_ids, prompt_mask, response_ids, respons
 
 
 def response_logps(model, prompt_ids, prompt_mask, response_ids, response_mask, temperature=1.0):
-    """log pi(y_t | x, y_<t) in nats: (B, R), float32, 0 where response_mask is False; gradients flow.
+    """log pi(y_t | x, y_<t) in nats: (N, R), float32, 0 where response_mask is False; gradients flow.
 
-    Prompts (B, P) are padded on the left, responses (B, R) on the right; masks are boolean.
+    Prompts (N, P) are padded on the left, responses (N, R) on the right; masks are boolean.
     """
     logps = response_distributions(model, prompt_ids, prompt_mask, response_ids, response_mask, temperature)
     return logps.gather(-1, response_ids.unsqueeze(-1)).squeeze(-1).masked_fill(~response_mask, 0.0)
 
 
 def read_score(model, prompt_ids, prompt_mask, response_ids, response_mask):
-    """r(x, y): the score head read at the last response token, by position: pad may be EOS. (B,), float32."""
+    """r(x, y): the score head read at the last response token, by position: pad may be EOS. (N,), float32."""
     inputs = model_inputs(prompt_ids, prompt_mask, response_ids, response_mask)
-    hidden = model.base_model(**inputs, use_cache=False).last_hidden_state.float()  # (B, P + R, D)
+    hidden = model.base_model(**inputs, use_cache=False).last_hidden_state.float()  # (N, P + R, D)
     with torch.autocast(hidden.device.type, enabled=False):  # bfloat16 would round scores by up to 1%
-        values = model.score(hidden[:, prompt_ids.shape[1] - 1 :]).squeeze(-1)  # (B, 1 + R)
+        values = model.score(hidden[:, prompt_ids.shape[1] - 1 :]).squeeze(-1)  # (N, 1 + R)
     return values.gather(1, response_mask.sum(1, keepdim=True)).squeeze(1)
 
 
@@ -233,7 +239,8 @@ def load_model(auto_class, name, tokenizer, args, may_miss=(), **options):
         options |= {"dtype": torch.float32, "output_loading_info": True}
         model, info = auto_class.from_pretrained(name, **options)
         model = model.eval().to(args.device)
-        # A probe: the last token is known, and neither padding nor a later token changes what a token gives.
+        # A probe: hidden states of [1, 2, 0] alone and behind a pad agree, whatever follows; and the
+        # tokenizer's last id has an embedding.
         ids = torch.tensor([[1, 2, 0, len(tokenizer) - 1], [0, 1, 2, 0]], device=args.device)
         mask = torch.tensor([[True] * 4, [False, True, True, True]], device=args.device)
         with torch.no_grad():
@@ -243,7 +250,8 @@ def load_model(auto_class, name, tokenizer, args, may_miss=(), **options):
     require(same, f"{name!r} sees padding or later tokens, or is not finite; use a decoder-only model")
     whole = set(info["missing_keys"]) <= set(may_miss) and "score.weight" not in info["unexpected_keys"]
     require(whole, f"{name!r} is not a whole {auto_class.__name__.removeprefix('AutoModelFor')}; name one")
-    need, most = args.prompt_length + args.response_length, model.config.max_position_embeddings
+    need = args.prompt_length + args.response_length
+    most = getattr(model.config, "max_position_embeddings", need)
     require(need <= most, f"{name!r} holds {most} tokens, not {need}; lower --prompt_length")
     return model
 
@@ -269,14 +277,14 @@ def sample_batch(policy, rows, num_responses, tokenizer, args):
     """K responses to each prompt of B rows: a batch, a dict of N = B * K rows, tensors and lists of texts."""
     rows = [row for row in rows for _ in range(num_responses)]
     prompt_ids, prompt_mask = pad([row["prompt_ids"] for row in rows], "left", tokenizer, args.device)
-    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    whole = {"do_sample": True, "temperature": args.temperature, "top_k": 0, "top_p": 1.0}
+    config = {"do_sample": True, "temperature": args.temperature, "top_k": 0, "top_p": 1.0}
+    config |= {"max_new_tokens": args.response_length, "remove_invalid_values": True}
+    config |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     policy.generation_config = transformers.GenerationConfig(
-        **whole, **ends
+        **config
     )  # saved with it: it will sample as here
-    options = {"max_new_tokens": args.response_length, "remove_invalid_values": True}
     with autocast(args):
-        ids = policy.generate(input_ids=prompt_ids, attention_mask=prompt_mask.long(), **options)
+        ids = policy.generate(input_ids=prompt_ids, attention_mask=prompt_mask.long())
     ids = ids[:, prompt_ids.shape[1] :]  # (N, R)
     is_eos = ids == tokenizer.eos_token_id
     mask = is_eos.cumsum(1) - is_eos.int() == 0  # up to the first EOS, by position: pad may be EOS
@@ -294,14 +302,15 @@ def score_batch(batch, models, size, args):
 
     By the forward pass of training, as the sampler's log-probs are not the same bits; `size` rows at a time.
     """
-    (policy, reference, reward), parts = models, []
+    policy, reference, score_fn = models
+    parts = []
     for first in range(0, len(batch["response"]), size):
         part = {name: x[first : first + size] for name, x in batch.items()}
         tokens = [part[name] for name in TOKENS]
         with autocast(args):
             log_old = response_distributions(policy, *tokens, args.temperature)  # (n, R, V)
             log_ref = response_distributions(reference, *tokens, args.temperature)
-            score = reward(part).double()
+            score = torch.as_tensor(score_fn(part), dtype=torch.float64, device=args.device).flatten()
         ids, outside = part["response_ids"].unsqueeze(-1), ~part["response_mask"]
         values = {"logp_old_tok": log_old.gather(-1, ids).squeeze(-1)}
         values["logp_ref_tok"] = log_ref.gather(-1, ids).squeeze(-1)
@@ -332,20 +341,14 @@ def batch_metrics(batch, num_responses, beta):
     return {name: value.item() for name, value in metrics.items()}
 
 
-def update_metrics(updates):
-    """Means over the optimizer steps of a batch; the largest |log rho|, and the first, which must be 0."""
-    metrics = {name: sum(u[name] for u in updates) / len(updates) for name in updates[0]}
-    metrics["log_ratio_max"] = max(u["log_ratio_max"] for u in updates)
-    return metrics | {"log_ratio_first": updates[0]["log_ratio_max"]}
-
-
 def cost_metrics(batch, clock):
-    """Seconds by phase, from the clock around them; response tokens per second; peak memory of the GPU."""
-    seconds = {"seconds_rollout": clock[1] - clock[0], "seconds_score": clock[2] - clock[1]}
-    seconds["seconds_update"] = clock[3] - clock[2]
-    tokens_per_second = batch["response_mask"].sum().item() / (clock[3] - clock[0])
-    peak = torch.cuda.max_memory_allocated() / 1e9
-    return seconds | {"tokens_per_second": tokens_per_second, "peak_memory_gb": peak}
+    """Seconds by phase, from the clock around them; tokens per second; the GPU's peak memory."""
+    started, sampled, scored, updated = clock
+    seconds = {"seconds_rollout": sampled - started, "seconds_score": scored - sampled}
+    seconds |= {"seconds_update": updated - scored}
+    mask = batch["response_mask"]
+    peak = torch.cuda.max_memory_allocated(mask.device) / 1e9 if mask.is_cuda else 0.0
+    return seconds | {"tokens_per_second": mask.sum().item() / (updated - started), "peak_memory_gb": peak}
 
 
 def evaluate(step, models, held_out, tokenizer, args):
@@ -362,15 +365,9 @@ def evaluate(step, models, held_out, tokenizer, args):
     return metrics
 
 
-def print_result(args, metrics, start):
-    """The last line: what the policy reached, and where it is."""
-    reached = f"reward {metrics['eval_reward']:.3f} at KL {metrics['eval_kl']:.2f} nats/response"
-    minutes = (time.perf_counter() - start) / 60
-    print(f"{args.output_dir}: {reached} on held-out prompts; {args.steps} steps, {minutes:.1f} minutes")
-
-
 # ------------------------------------------------------------------------------- the run folder and failures
 MAY_CHANGE = "steps", "save_every", "device", "resume", "overwrite"  # on --resume
+INPUTS = "model", "reward_model", "dataset", "ptx_dataset"  # nothing may be written over them
 LOGS = "metrics.jsonl", "samples.jsonl"
 stop_signals = []
 
@@ -394,7 +391,7 @@ def explained(wrong, todo, status=2):
 
 
 def check_args(args):
-    """Numbers in range, an output folder that is free or holds a run to go on with, and the device."""
+    """Numbers in range, an output folder that is free or holds a run to go on with; sets the device."""
     for name, value in vars(args).items():
         least = 0 if name in MAY_BE_ZERO else 1e-12
         in_range = isinstance(value, bool) or not isinstance(value, int | float) or least <= value <= 1e9
@@ -405,31 +402,40 @@ def check_args(args):
     require(is_run or not args.resume, f"{folder} holds no run; leave out --resume")
     unclear = is_run and args.resume == args.overwrite
     require(not unclear, f"{folder} holds a run; give either --resume or --overwrite, or {todo}")
-    inputs = [Path(value).resolve() for value in (args.model, args.dataset)]
-    require(folder.resolve() not in inputs, f"--output_dir {folder} is an input; {todo}")
+    for name in [name for name in INPUTS if getattr(args, name, None)]:
+        path = Path(getattr(args, name)).resolve()
+        inside = folder.resolve() in (path, *path.parents)
+        require(not inside, f"--output_dir {folder} holds the input --{name}; {todo}")
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    with explained(f"cannot use --device {args.device}", "give auto, cpu or cuda"):
+        torch.zeros(1, device=args.device).item()
 
 
 def open_run(args):
-    """Makes the output folder. Returns the checkpoint to --resume from, {"step", "models", ...}, or None."""
+    """Makes the output folder, cuts the logs back to the checkpoint and takes over the signals.
+
+    Returns that checkpoint, {"step", "models", ...}, on --resume, else None.
+    """
     folder, path, checkpoint = Path(args.output_dir), Path(args.output_dir, "checkpoint.pt"), None
     if args.resume and path.exists():
         with explained(f"cannot read {path}", "start again with --overwrite"):
-            checkpoint = torch.load(path, map_location=args.device, weights_only=True)
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         for name, was in checkpoint["args"].items():
             now, todo = getattr(args, name, None), f"on --resume only {', '.join(MAY_CHANGE)} may change"
             require(was == now or name in MAY_CHANGE, f"--{name} was {was} and is now {now}; {todo}")
-        done = checkpoint["step"]
-        require(done <= args.steps, f"{folder} has done {done} steps of {args.steps}; raise --steps")
-    sizes = checkpoint["log_sizes"] if checkpoint else {}
+        done = checkpoint["step"]  # stopped exactly here, the run would lack its last evaluation
+        whole = done == args.steps and any(name.startswith("eval_") for name in checkpoint["metrics"])
+        require(whole or done < args.steps, f"{folder} has done {done} of {args.steps} steps; raise --steps")
+    elif args.resume:
+        print(f"{folder} has no checkpoint: it begins at step 0", flush=True)
     with explained(f"cannot write to {folder}", "choose another --output_dir"):
         folder.mkdir(parents=True, exist_ok=True)
-        if args.overwrite:
-            path.unlink(missing_ok=True)
+        for name in ("checkpoint.pt", "config.json") if args.overwrite else ():
+            (folder / name).unlink(missing_ok=True)  # a model without config.json is not taken for this run's
         (folder / "args.json").write_text(json.dumps({"args": vars(args)}, indent=2))
         for log in [folder / name for name in LOGS if (folder / name).exists()]:
-            os.truncate(log, sizes.get(log.name, 0))  # back to the checkpoint: neither gaps nor repeats
+            os.truncate(log, checkpoint["log_sizes"].get(log.name, 0) if checkpoint else 0)
     signal.signal(signal.SIGINT, on_signal)
     signal.signal(signal.SIGTERM, on_signal)
     return checkpoint
@@ -450,7 +456,7 @@ def append_jsonl(args, name, row):
 def require_finite(metrics, step, args):
     """Stops the run before a bad gradient reaches the weights."""
     found = f"loss {metrics['loss']}, gradient norm {metrics['grad_norm']} at step {step}"
-    todo = f"lower --learning_rate in a new run; the last good checkpoint is in {args.output_dir}"
+    todo = f"lower --learning_rate in a new run; the last good checkpoint, if any, is in {args.output_dir}"
     require(math.isfinite(metrics["loss"] + metrics["grad_norm"]), f"{found}; {todo}", 1)
 
 
@@ -490,9 +496,9 @@ def guard(main, args_class):
     try:
         main(args)
     except torch.OutOfMemoryError:
-        require(False, "out of memory; lower --micro_batch_size or lengths, or use --dtype bfloat16", 1)
+        require(False, "out of memory; lower batch sizes or lengths, or use --dtype bfloat16", 1)
     except OSError as error:
-        require(False, f"{error}; mend that, and go on with --resume", 1)
+        require(False, f"{error}; mend that and run it again, training with --resume", 1)
     except KeyboardInterrupt:
         require(False, "interrupted; what was saved is kept", 130)
 
@@ -532,9 +538,7 @@ def main(args):
     args.micro_batch_size = args.micro_batch_size or args.minibatch_size
     require(K >= 2, "--num_responses is 1; P3O learns from pairs of responses, give 2 or more")
     require(c is None or c >= 1, f"--max_importance_weight {c} is below 1; weights are held in [1/c, c]")
-    require(
-        B % args.minibatch_size == 0, f"--minibatch_size does not divide --prompts_per_step {B}; alter it"
-    )
+    require(B % args.minibatch_size == 0, "--minibatch_size does not divide --prompts_per_step; alter it")
     tokenizer = load_tokenizer(args.model)
     prompts = read_prompts(args.dataset, ["train"], tokenizer, args)
     held_out = read_prompts(args.dataset, ["validation", "test"], tokenizer, args, args.eval_prompts)
@@ -545,7 +549,7 @@ def main(args):
     delta = ((args.reward_shift * delta * 256).round() / 256).to(args.device)  # (rows, 1)
     settings = {"lr": args.learning_rate, "betas": (0.9, 0.95), "eps": 1e-5, "weight_decay": 0.0}
     optimizer = torch.optim.AdamW(policy.parameters(), **settings)
-    checkpoint, start, done = open_run(args), time.perf_counter(), 0
+    start, done, checkpoint = time.perf_counter(), 0, open_run(args)
     if checkpoint:
         done, metrics = checkpoint["step"], checkpoint["metrics"]
         policy.load_state_dict(checkpoint["models"][""])
@@ -559,15 +563,17 @@ def main(args):
         torch.manual_seed(args.seed * 10**6 + step)  # every step draws afresh: no random state to save
         optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - (step - 1) / args.steps)
         # 1. Sample K responses to each of B prompts from pi_old.
-        rows, clock = data_order(len(prompts), B, step, args.seed), [time.perf_counter()]
-        batch = sample_batch(policy, [prompts[row] for row in rows], K, tokenizer, args)
+        clock = [time.perf_counter()]
+        numbers = data_order(len(prompts), B, step, args.seed)
+        batch = sample_batch(policy, [prompts[number] for number in numbers], K, tokenizer, args)
         clock.append(time.perf_counter())
         # 2. Score them: trajectory rewards, in float64.
         batch = score_batch(batch, models, args.micro_batch_size * K, args)
-        score = batch["score"].view(B, K) + delta[rows]
+        score = batch["score"].view(B, K) + delta[numbers]
         logp_old_seq = batch["logp_old_tok"].sum(1).view(B, K)
         logp_ref_seq = batch["logp_ref_tok"].sum(1).view(B, K)
         reward = trajectory_reward(score, logp_old_seq, logp_ref_seq, args.beta)  # (B, K)
+        metrics = batch_metrics(batch, K, args.beta)
         clock.append(time.perf_counter())
         # 3. Climb the pairwise objective: epochs of minibatches, the responses to a prompt always together.
         updates = []
@@ -576,12 +582,17 @@ def main(args):
                 updates.append(update_policy(policy, optimizer, batch, reward, minibatch, step, args))
         clock.append(time.perf_counter())
         # 4. Log, evaluate, save; pi_old is now the policy just trained.
-        metrics = batch_metrics(batch, K, args.beta) | update_metrics(updates) | cost_metrics(batch, clock)
+        metrics |= {name: sum(u[name] for u in updates) / len(updates) for name in updates[0]}
+        metrics["log_ratio_max"] = max(u["log_ratio_max"] for u in updates)
+        metrics["log_ratio_first"] = updates[0]["log_ratio_max"]  # 0 up to rounding: nothing was updated yet
+        metrics |= cost_metrics(batch, clock)
         bar.set_postfix(reward=f"{metrics['reward']:.3f}", kl=f"{metrics['kl']:.2f}")
         if step == args.steps or (args.eval_every and step % args.eval_every == 0):
             metrics |= evaluate(step, models, held_out, tokenizer, args)
         end_step(args, step, metrics, {"": policy}, tokenizer, {"optimizer": optimizer.state_dict()})
-    print_result(args, metrics, start)
+    reached = f"reward {metrics['eval_reward']:.3f} at KL {metrics['eval_kl']:.2f} nats/response"
+    minutes = (time.perf_counter() - start) / 60
+    print(f"{args.output_dir}: {reached} on held-out prompts; {args.steps} steps, {minutes:.1f} minutes")
 
 
 if __name__ == "__main__":

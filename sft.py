@@ -62,6 +62,7 @@ class Args:
     overwrite: bool = flag(False, "replace the run in output_dir")
 
 
+# All other numbers must be positive: check_args.
 MAY_BE_ZERO = "seed micro_batch_size eval_every save_every".split()
 
 
@@ -151,7 +152,8 @@ def load_model(auto_class, name, tokenizer, args, may_miss=(), **options):
         options |= {"dtype": torch.float32, "output_loading_info": True}
         model, info = auto_class.from_pretrained(name, **options)
         model = model.eval().to(args.device)
-        # A probe: the last token is known, and neither padding nor a later token changes what a token gives.
+        # A probe: hidden states of [1, 2, 0] alone and behind a pad agree, whatever follows; and the
+        # tokenizer's last id has an embedding.
         ids = torch.tensor([[1, 2, 0, len(tokenizer) - 1], [0, 1, 2, 0]], device=args.device)
         mask = torch.tensor([[True] * 4, [False, True, True, True]], device=args.device)
         with torch.no_grad():
@@ -161,7 +163,8 @@ def load_model(auto_class, name, tokenizer, args, may_miss=(), **options):
     require(same, f"{name!r} sees padding or later tokens, or is not finite; use a decoder-only model")
     whole = set(info["missing_keys"]) <= set(may_miss) and "score.weight" not in info["unexpected_keys"]
     require(whole, f"{name!r} is not a whole {auto_class.__name__.removeprefix('AutoModelFor')}; name one")
-    need, most = args.prompt_length + args.response_length, model.config.max_position_embeddings
+    need = args.prompt_length + args.response_length
+    most = getattr(model.config, "max_position_embeddings", need)
     require(need <= most, f"{name!r} holds {most} tokens, not {need}; lower --prompt_length")
     return model
 
@@ -212,8 +215,7 @@ def write_samples(step, model, rows, tokenizer, args):
     """Answers a few held-out prompts, prints them and adds them to samples.jsonl."""
     torch.manual_seed(args.seed * 10**6)
     ids, mask = pad([row["prompt_ids"] for row in rows], "left", tokenizer, args.device)
-    options = {"max_new_tokens": args.response_length, "remove_invalid_values": True}
-    answers = model.generate(input_ids=ids, attention_mask=mask.long(), **options)[:, ids.shape[1] :]
+    answers = model.generate(input_ids=ids, attention_mask=mask.long())[:, ids.shape[1] :]
     for row, answer in zip(rows, tokenizer.batch_decode(answers, skip_special_tokens=True)):
         append_jsonl(args, "samples.jsonl", {"step": step, "prompt": row["prompt"], "response": answer})
         print(f"  {row['prompt']!r} -> {answer!r}")  # repr: no text may drive the terminal
@@ -221,6 +223,7 @@ def write_samples(step, model, rows, tokenizer, args):
 
 # ------------------------------------------------------------------------------- the run folder and failures
 MAY_CHANGE = "steps", "save_every", "device", "resume", "overwrite"  # on --resume
+INPUTS = "model", "reward_model", "dataset", "ptx_dataset"  # nothing may be written over them
 LOGS = "metrics.jsonl", "samples.jsonl"
 stop_signals = []
 
@@ -244,7 +247,7 @@ def explained(wrong, todo, status=2):
 
 
 def check_args(args):
-    """Numbers in range, an output folder that is free or holds a run to go on with, and the device."""
+    """Numbers in range, an output folder that is free or holds a run to go on with; sets the device."""
     for name, value in vars(args).items():
         least = 0 if name in MAY_BE_ZERO else 1e-12
         in_range = isinstance(value, bool) or not isinstance(value, int | float) or least <= value <= 1e9
@@ -255,31 +258,40 @@ def check_args(args):
     require(is_run or not args.resume, f"{folder} holds no run; leave out --resume")
     unclear = is_run and args.resume == args.overwrite
     require(not unclear, f"{folder} holds a run; give either --resume or --overwrite, or {todo}")
-    inputs = [Path(value).resolve() for value in (args.model, args.dataset)]
-    require(folder.resolve() not in inputs, f"--output_dir {folder} is an input; {todo}")
+    for name in [name for name in INPUTS if getattr(args, name, None)]:
+        path = Path(getattr(args, name)).resolve()
+        inside = folder.resolve() in (path, *path.parents)
+        require(not inside, f"--output_dir {folder} holds the input --{name}; {todo}")
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    with explained(f"cannot use --device {args.device}", "give auto, cpu or cuda"):
+        torch.zeros(1, device=args.device).item()
 
 
 def open_run(args):
-    """Makes the output folder. Returns the checkpoint to --resume from, {"step", "models", ...}, or None."""
+    """Makes the output folder, cuts the logs back to the checkpoint and takes over the signals.
+
+    Returns that checkpoint, {"step", "models", ...}, on --resume, else None.
+    """
     folder, path, checkpoint = Path(args.output_dir), Path(args.output_dir, "checkpoint.pt"), None
     if args.resume and path.exists():
         with explained(f"cannot read {path}", "start again with --overwrite"):
-            checkpoint = torch.load(path, map_location=args.device, weights_only=True)
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         for name, was in checkpoint["args"].items():
             now, todo = getattr(args, name, None), f"on --resume only {', '.join(MAY_CHANGE)} may change"
             require(was == now or name in MAY_CHANGE, f"--{name} was {was} and is now {now}; {todo}")
-        done = checkpoint["step"]
-        require(done <= args.steps, f"{folder} has done {done} steps of {args.steps}; raise --steps")
-    sizes = checkpoint["log_sizes"] if checkpoint else {}
+        done = checkpoint["step"]  # stopped exactly here, the run would lack its last evaluation
+        whole = done == args.steps and any(name.startswith("eval_") for name in checkpoint["metrics"])
+        require(whole or done < args.steps, f"{folder} has done {done} of {args.steps} steps; raise --steps")
+    elif args.resume:
+        print(f"{folder} has no checkpoint: it begins at step 0", flush=True)
     with explained(f"cannot write to {folder}", "choose another --output_dir"):
         folder.mkdir(parents=True, exist_ok=True)
-        if args.overwrite:
-            path.unlink(missing_ok=True)
+        for name in ("checkpoint.pt", "config.json") if args.overwrite else ():
+            (folder / name).unlink(missing_ok=True)  # a model without config.json is not taken for this run's
         (folder / "args.json").write_text(json.dumps({"args": vars(args)}, indent=2))
         for log in [folder / name for name in LOGS if (folder / name).exists()]:
-            os.truncate(log, sizes.get(log.name, 0))  # back to the checkpoint: neither gaps nor repeats
+            os.truncate(log, checkpoint["log_sizes"].get(log.name, 0) if checkpoint else 0)
     signal.signal(signal.SIGINT, on_signal)
     signal.signal(signal.SIGTERM, on_signal)
     return checkpoint
@@ -300,7 +312,7 @@ def append_jsonl(args, name, row):
 def require_finite(metrics, step, args):
     """Stops the run before a bad gradient reaches the weights."""
     found = f"loss {metrics['loss']}, gradient norm {metrics['grad_norm']} at step {step}"
-    todo = f"lower --learning_rate in a new run; the last good checkpoint is in {args.output_dir}"
+    todo = f"lower --learning_rate in a new run; the last good checkpoint, if any, is in {args.output_dir}"
     require(math.isfinite(metrics["loss"] + metrics["grad_norm"]), f"{found}; {todo}", 1)
 
 
@@ -340,9 +352,9 @@ def guard(main, args_class):
     try:
         main(args)
     except torch.OutOfMemoryError:
-        require(False, "out of memory; lower --micro_batch_size or lengths, or use --dtype bfloat16", 1)
+        require(False, "out of memory; lower batch sizes or lengths, or use --dtype bfloat16", 1)
     except OSError as error:
-        require(False, f"{error}; mend that, and go on with --resume", 1)
+        require(False, f"{error}; mend that and run it again, training with --resume", 1)
     except KeyboardInterrupt:
         require(False, "interrupted; what was saved is kept", 130)
 
@@ -378,11 +390,12 @@ def main(args):
     )
     args.steps = args.steps or math.ceil(args.epochs * len(train) / args.minibatch_size)
     model = load_or_create_model(tokenizer, args)
-    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    whole = {"do_sample": True, "temperature": args.temperature, "top_k": 0, "top_p": 1.0}
+    config = {"do_sample": True, "temperature": args.temperature, "top_k": 0, "top_p": 1.0}
+    config |= {"max_new_tokens": args.response_length, "remove_invalid_values": True}
+    config |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     model.generation_config = transformers.GenerationConfig(
-        **whole, **ends
-    )  # saved with it: it stops where EOS was learnt
+        **config
+    )  # saved with it: it ends where it learnt to
     optimizer = torch.optim.AdamW(model.parameters(), args.learning_rate, weight_decay=0.0)
     checkpoint, start, done = open_run(args), time.perf_counter(), 0
     if checkpoint:

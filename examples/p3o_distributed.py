@@ -58,7 +58,7 @@ def main(args):
     tokenizer = p3o.load_tokenizer(args.model)
     prompts = p3o.read_prompts(args.dataset, ["train"], tokenizer, args)
     policy, reference = (p3o.load_model(AutoModelForCausalLM, args.model, tokenizer, args) for _ in range(2))
-    models = policy, reference, p3o.load_reward(tokenizer, args)
+    models = policy, reference.requires_grad_(False), p3o.load_reward(tokenizer, args)
     parallel = DistributedDataParallel(policy)  # averages the gradients of the processes in backward (3)
     settings = {"lr": args.learning_rate, "betas": (0.9, 0.95), "eps": 1e-5, "weight_decay": 0.0}
     optimizer = torch.optim.AdamW(policy.parameters(), **settings)
@@ -81,8 +81,11 @@ def main(args):
             for minibatch in torch.randperm(len(rows)).split(args.minibatch_size):
                 updates.append(p3o.update_policy(parallel, optimizer, batch, reward, minibatch, step, args))
         clock.append(time.perf_counter())
-        metrics = p3o.batch_metrics(batch, K, args.beta) | p3o.update_metrics(updates)
-        metrics = mean_over_processes(metrics | p3o.cost_metrics(batch, clock), args.device)
+        metrics = p3o.batch_metrics(batch, K, args.beta) | p3o.cost_metrics(batch, clock)
+        metrics |= {name: sum(u[name] for u in updates) / len(updates) for name in updates[0]}
+        metrics["log_ratio_max"] = max(u["log_ratio_max"] for u in updates)
+        metrics["log_ratio_first"] = updates[0]["log_ratio_max"]
+        metrics = mean_over_processes(metrics, args.device)
         if rank == 0:  # (4)
             state = {"optimizer": optimizer.state_dict()}
             p3o.end_step(args, step, metrics, {"": policy}, tokenizer, state)

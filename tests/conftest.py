@@ -84,13 +84,14 @@ def byte_tokenizer(reverse=False, chat_template=None, add_bos=False, **special):
 
 
 def word_tokenizer(size, eos=1, pad=1):
-    """A tokenizer of the words w0, w1, ...; the numbers of those that end a text and that fill up are to be chosen."""
+    """A tokenizer of the words w0, w1, ...; in the place of two, to be chosen, or of one stand <eos> and <pad>."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(size)}, unk_token="w0"))
+    words = {i: f"w{i}" for i in range(size)} | {pad: "<pad>"} | {eos: "<eos>"}
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in words.items()}, unk_token=words[size - 1]))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=f"w{eos}", pad_token=f"w{pad}")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=words[eos], pad_token=words[pad])
 
 
 @pytest.fixture(scope="session")
@@ -125,19 +126,8 @@ def chain(tmp_path_factory):
     return folder
 
 
-QUICK = [
-    "--prompts_per_step",
-    16,
-    "--minibatch_size",
-    8,
-    "--steps",
-    6,
-    "--learning_rate",
-    1e-3,
-    "--beta",
-    0.1,
-]
-QUICK += ["--eval_every", 0, "--eval_prompts", 64, "--device", "cpu"]  # a run of an RL script that learns
+QUICK = ["--num_responses", 4, "--prompts_per_step", 16, "--minibatch_size", 8, "--steps", 6, "--beta", 0.1]
+QUICK += ["--learning_rate", 1e-3, "--eval_every", 0, "--eval_prompts", 64, "--device", "cpu"]
 
 
 @pytest.fixture(scope="session")

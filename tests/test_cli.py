@@ -188,11 +188,14 @@ def case(name, expected, scripts=SCRIPTS, extra="", **changes):
 
 CONVERT = "python data.py --dataset {} --model lm --output_dir data/NAME"  # the way out of every wrong format
 DONE = {"output_dir": "done/{script}"}
+OVER = {"extra": "--overwrite"}
+REWARD = {"output_dir": "done/ppo", "reward_model": "done/ppo"}
 CASES = [
     # data
     case("no such folder", [CONVERT.format("data/nothere")], dataset="data/nothere"),
     case("not on the hub", [CONVERT.format("owner/nothere")], dataset="owner/nothere"),
     case("a file, not a folder", [CONVERT.format("data/train.jsonl")], dataset="data/train.jsonl"),
+    case("control characters in a name", ["data.py --dataset data/?[2J??"], dataset="data/\x1b[2J\n?"),
     case("a folder without data", [CONVERT.format("no_data")], dataset="no_data"),
     case("an empty folder", [CONVERT.format("hollow")], dataset="hollow"),
     case("empty files", ["empty"], dataset="empty"),
@@ -272,7 +275,7 @@ CASES = [
     case("unknown flag", ["--nonsense"], extra="--nonsense 1"),
     case("abbreviated flag", ["--see"], extra="--see 1"),
     case("unknown word", ["word"], extra="word"),
-    case("control characters", ["--a"], extra="--a\x1b[2J\nb"),
+    case("control characters in a flag", ["--a"], extra="--a\x1b[2J\nb"),
     case("missing value", ["--seed"], extra="--seed"),
     case("words for a number", ["--steps", "'many'"], steps="many"),
     case("a fraction for a whole number", ["--steps", "'1.5'"], steps=1.5),
@@ -286,30 +289,24 @@ CASES = [
     case("resume and overwrite", ["--resume", "--overwrite"], extra="--resume --overwrite", **DONE),
     case("resume nothing", ["holds no run", "--resume"], extra="--resume", output_dir="out/nothing"),
     case("files of somebody else", ["holds files but no run"], output_dir="foreign/{script}"),
-    case("the same, overwriting", ["no run"], extra="--overwrite", output_dir="foreign/{script}"),
+    case("the same, overwriting", ["no run"], **OVER, output_dir="foreign/{script}"),
     case("the same, resuming", ["no run"], extra="--resume", output_dir="foreign/{script}"),
     case("a file in the way", ["a_file"], output_dir="a_file"),
     case("inside a file", ["a_file"], output_dir="a_file/run"),
     case("a folder that cannot be", ["cannot write", "--output_dir"], output_dir="/proc/nothere/run"),
-    case("over the model", ["holds files but no run"], extra="--overwrite", output_dir="lm"),
-    case("over all inputs", ["holds files but no run"], extra="--overwrite", output_dir="."),
-    case("over the data", ["holds files but no run"], extra="--overwrite", output_dir="data"),
-    case("over a run, the model", ["an input"], extra="--overwrite", output_dir="done/sft", model="done/sft"),
+    case("over the model", ["holds files but no run"], **OVER, output_dir="lm"),
+    case("over all inputs", ["holds files but no run"], **OVER, output_dir="."),
+    case("over the data", ["holds files but no run"], **OVER, output_dir="data"),
+    case("over a run, the model", ["input --model"], **OVER, output_dir="done/sft", model="done/sft"),
+    case("the same by a detour", ["input --model"], **OVER, output_dir="rm/../done/sft", model="done/sft"),
+    case("the same by a link", ["input --model"], **OVER, output_dir="link", model="done/sft"),
+    case("over a run, the reward model", ["input --reward_model"], RL, **OVER, **REWARD),
     case(
-        "the same, a long way round",
-        ["an input"],
-        extra="--overwrite",
-        output_dir="rm/../done/sft",
-        model="done/sft",
-    ),
-    case("the same, by a link", ["an input"], extra="--overwrite", output_dir="link", model="done/sft"),
-    case(
-        "over a run, the reward model",
-        ["an input"],
+        "over its parent",
+        ["input --reward_model"],
         RL,
-        "--overwrite",
-        output_dir="done/reward_model",
-        reward_model="done/reward_model",
+        **OVER,
+        **REWARD | {"reward_model": "done/ppo/critic"},
     ),
     # resume
     case("another seed", ["--seed was 0", "7"], extra="--resume", seed=7, **DONE),

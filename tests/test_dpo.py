@@ -425,7 +425,7 @@ def test_defaults_by_mode(online):
 WRONG = [
     (["--beta", 0], "--beta 0.0 is out of range"),
     (["--dataset", "data/toy/prompts"], "cannot read data set 'data/toy/prompts'"),
-    (["--online", "--minibatch_size", 5], "--minibatch_size does not divide --prompts_per_step 64"),
+    (["--online", "--minibatch_size", 5], "--minibatch_size does not divide --prompts_per_step"),
     (["--epochs", 0], "--epochs 0 is out of range"),
 ]
 

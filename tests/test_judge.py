@@ -315,6 +315,16 @@ def test_a_failing_judge_loses_no_answer(serve, tmp_path, capsys, monkeypatch):
     assert len(broken.requests) == 1 + 24 and second == first
 
 
+def test_every_answer_is_on_disk_before_the_next_question(serve, tmp_path):
+    def look(a, b, n):
+        found.append((tmp_path / "judge.jsonl").read_text().count("}"))
+        return fair(a, b, n)
+
+    found = []
+    ask(serve(look), tmp_path)
+    assert found == list(range(24))
+
+
 def test_an_interrupted_run_keeps_what_was_under_way(serve, tmp_path, monkeypatch):
     monkeypatch.setattr(judge, "JUDGE_WORKERS", 4)
     texts = {"sft": [f"{i}" for i in range(12)], "p3o": [f"better {i}" for i in range(12)]}

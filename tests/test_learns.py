@@ -1,49 +1,96 @@
-"""Short real runs on the toy raise the reward by far more than its sampling error."""
+"""Short real runs raise the reward by far more than its sampling error: on the toy, and of every RL script and its variants."""
 
 import json
+import random
+import signal
 import statistics
 
 import pytest
-from conftest import QUICK, run_script
+import torch
+from conftest import word_tokenizer
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import dpo
+import p3o
+import ppo
 
 
 def read(folder, name):
     return [json.loads(line) for line in (folder / name).read_text().splitlines()]
 
 
-@pytest.mark.parametrize(
-    "script, options",
-    [
-        ("p3o.py", None),  # the run that other tests read too
-        ("p3o.py", ["--clipping", "separate", "--max_importance_weight", 10]),
-        ("p3o.py", ["--clipping", "none", "--epochs", 1, "--num_responses", 4]),
-        ("ppo.py", []),
-        ("dpo.py", ["--online", "--labels", "sampled"]),
-    ],
-    ids=["p3o-v2", "p3o-v1", "pairwise-gradient-4-responses", "ppo", "online-dpo"],
-)
-def test_the_reward_rises(chain, p3o_run, tmp_path, script, options):
-    folder = p3o_run[0]
-    if options is not None:
-        folder = tmp_path / "run"
-        done = run_script(script, *QUICK, *options, "--output_dir", folder, cwd=chain)
-        assert done.returncode == 0, done.stderr
-    rewards = {0: [], 6: []}
+def gain(folder, steps):
+    """Mean reward on the held-out prompts after the run less that before, in standard errors."""
+    rewards = {0: [], steps: []}
     for sample in read(folder, "samples.jsonl"):
         rewards[sample["step"]].append(sample["reward"])
-    before, after = rewards[0], rewards[6]
+    before, after = rewards.values()
     error = (statistics.variance(before) / len(before) + statistics.variance(after) / len(after)) ** 0.5
-    assert len(before) == 64 and statistics.mean(after) - statistics.mean(before) > 4 * error
-    metrics = read(folder, "metrics.jsonl")
-    assert metrics[0]["eval_kl"] == 0  # the policy starts as the reference
-    assert 0 < metrics[-1]["eval_kl"] < 15
-    if script != "dpo.py":  # labels hide by how much a response is better: so few steps overshoot in KL
-        assert metrics[-1]["eval_objective"] > metrics[0]["eval_objective"]
-    assert [row["step"] for row in metrics] == list(range(7))
+    return (statistics.mean(after) - statistics.mean(before)) / error
 
 
-def test_sft_and_reward_model_learn(chain):
+def test_the_chain_learns(chain, p3o_run):
+    """SFT model, reward model and P3O, each from what the stage before it left."""
     sft, reward = read(chain / "out/sft", "metrics.jsonl"), read(chain / "out/reward_model", "metrics.jsonl")
     assert sft[-1]["eval_perplexity"] < sft[0]["eval_perplexity"] / 4
     assert reward[-1]["eval_loss"] < reward[0]["eval_loss"]
     assert reward[0]["step"] == 0 and 0 <= reward[-1]["eval_calibration_error"] < 0.5
+    metrics = read(p3o_run[0], "metrics.jsonl")
+    assert gain(p3o_run[0], steps=6) > 4
+    assert metrics[0]["eval_kl"] == 0 < metrics[-1]["eval_kl"] < 15
+    assert metrics[-1]["eval_objective"] > metrics[0]["eval_objective"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A random model of one layer and prompts of random words."""
+    folder, rng = tmp_path_factory.mktemp("world"), random.Random(0)
+    torch.manual_seed(0)
+    size = {"vocab_size": 12, "n_positions": 16, "n_embd": 32, "n_layer": 1, "n_head": 2}
+    GPT2LMHeadModel(GPT2Config(**size, bos_token_id=None, eos_token_id=1)).save_pretrained(folder / "lm")
+    word_tokenizer(12).save_pretrained(folder / "lm")
+    (folder / "prompts").mkdir()
+    for split in ("train", "validation"):
+        prompts = [" ".join(f"w{rng.randrange(2, 12)}" for _ in range(rng.randint(1, 6))) for _ in range(64)]
+        rows = [json.dumps({"prompt": prompt}) + "\n" for prompt in prompts]
+        (folder / "prompts" / f"{split}.jsonl").write_text("".join(rows))
+    return folder
+
+
+VARIANTS = {
+    "p3o-v2": (p3o, {}),
+    "p3o-v1": (p3o, {"clipping": "separate", "max_importance_weight": 10.0}),
+    "pairwise-gradient-4-responses": (p3o, {"clipping": "none", "epochs": 1, "num_responses": 4}),
+    "ppo": (ppo, {"critic_init": "sft"}),
+    "ppo-penalty": (ppo, {"critic_init": "sft", "policy_loss": "penalty"}),
+    "online-dpo": (dpo, {"online": True, "labels": "sampled"}),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_variant_learns_a_reward_of_ones_own(name, world, tmp_path, monkeypatch):
+    """The reward is a function of the texts in the place of load_reward: 1 for every w5, -1 for every w7."""
+    script, options = VARIANTS[name]
+
+    def reward(batch):
+        texts = [text.split() for text in batch["response"]]
+        return torch.tensor([float(words.count("w5") - words.count("w7")) for words in texts])
+
+    monkeypatch.setattr(script, "load_reward", lambda tokenizer, args: reward)
+    monkeypatch.setattr(signal, "signal", lambda *ignored: None)  # pytest keeps its own handlers
+    settings = {
+        "model": str(world / "lm"),
+        "dataset": str(world / "prompts"),
+        "output_dir": str(tmp_path / "run"),
+    }
+    settings |= {"prompts_per_step": 16, "minibatch_size": 8, "steps": 12, "learning_rate": 3e-3, "beta": 0.1}
+    settings |= {"prompt_length": 6, "response_length": 8, "missing_eos_penalty": 0.0, "device": "cpu"}
+    settings |= {"eval_every": 0, "eval_prompts": 64, "save_every": 0}
+    if script is ppo:
+        settings["reward_model"] = settings["model"]
+    script.main(script.Args(**settings | options))
+    metrics = read(tmp_path / "run", "metrics.jsonl")
+    assert [row["step"] for row in metrics] == list(range(13))
+    assert gain(tmp_path / "run", steps=12) > 6
+    assert metrics[0]["eval_kl"] == 0 < metrics[-1]["eval_kl"] < 40
+    assert metrics[-1]["eval_objective"] > metrics[0]["eval_objective"]

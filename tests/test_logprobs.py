@@ -333,15 +333,13 @@ def test_a_reward_of_ones_own_is_given_texts():
 
     def reward(part):
         seen.append(len(part["response"]))
-        return torch.tensor(
-            [100.0 * int(p.split()[1]) + len(r) for p, r in zip(part["prompt"], part["response"])]
-        )
+        return [100 * int(p.split()[1]) + len(r) for p, r in zip(part["prompt"], part["response"])]
 
     score = p3o.score_batch(batch, (policy, reference, reward), 5, args)["score"]
     lengths = [len(text) for text in batch["response"]]
     penalties = (2.0 * ~batch["ended"]).tolist()
     assert score.tolist() == [100.0 * (n // 3) + lengths[n] - penalties[n] for n in range(12)]
-    assert seen == [5, 5, 2]
+    assert seen == [5, 5, 2] and score.dtype == torch.float64
 
 
 @pytest.mark.parametrize("clipping", ["joint", "separate", "none"])
@@ -416,12 +414,12 @@ def test_metrics_of_a_batch_by_hand():
     assert p3o.batch_metrics(batch, 1, beta=0.5) == pytest.approx(expected, rel=1e-6)
 
 
-def test_metrics_of_updates_and_costs_by_hand():
-    updates = [{"loss": x, "log_ratio_max": y} for x, y in ((0.0, 0.25), (1.0, 3.0), (5.0, 2.0))]
-    assert p3o.update_metrics(updates) == {"loss": 2.0, "log_ratio_max": 3.0, "log_ratio_first": 0.25}
+def test_costs_by_hand():
     costs = p3o.cost_metrics({"response_mask": torch.ones(3, 4) > 0}, [10.0, 11.0, 13.0, 16.0])
-    assert [costs[f"seconds_{x}"] for x in ("rollout", "score", "update")] == [1.0, 2.0, 3.0]
-    assert costs["tokens_per_second"] == 2.0 and costs["peak_memory_gb"] >= 0
+    assert costs == {
+        **{"seconds_rollout": 1.0, "seconds_score": 2.0, "seconds_update": 3.0},
+        **{"tokens_per_second": 2.0, "peak_memory_gb": 0.0},
+    }
 
 
 # ----------------------------------------------------------------------------------------------------- scores
@@ -579,20 +577,16 @@ def test_sampling_stops_at_eos_and_at_the_length():
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_the_saved_policy_samples_as_in_training(name, tmp_path):
-    """What sample_batch drew is what plain transformers draws from the saved folder, EOS and temperature
-    included, on a model whose own config ends texts with another token and samples otherwise."""
-    config = {"eos_token_id": 5, "pad_token_id": 7, "initializer_range": 0.1}
-    model = make(name, 1, torch.float32, **config)
+    """What sample_batch drew is what plain transformers draws from the saved folder, which knows temperature, EOS
+    and length, on a model whose own config ends texts with other tokens and samples otherwise."""
+    model = make(name, 1, torch.float32, eos_token_id=5, pad_token_id=7, initializer_range=0.1)
     model.generation_config = GenerationConfig(eos_token_id=[5, 6], top_k=2, repetition_penalty=2.0)
-    ids, mask = sample(model, [[3, 4]], 50, 8, temperature=0.8)
-    assert EOS in ids and 5 in ids and 6 in ids
+    ids, _ = sample(model, [[3, 4]], 50, 8, temperature=0.8)
+    assert {EOS, 5, 6} <= set(ids.flatten().tolist()) and ids.shape == (50, 8)
     model.save_pretrained(tmp_path)
-    plain = AutoModelForCausalLM.from_pretrained(tmp_path)
+    plain, prompt = AutoModelForCausalLM.from_pretrained(tmp_path), torch.tensor([[3, 4]] * 50)
     torch.manual_seed(0)
-    prompt = torch.tensor([[3, 4]] * 50)
-    assert torch.equal(
-        plain.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8)[:, 2:], ids
-    )
+    assert torch.equal(plain.generate(prompt, attention_mask=torch.ones_like(prompt))[:, 2:], ids)
 
 
 # ---------------------------------------------------------------------------------------------------- loading

@@ -28,14 +28,15 @@ def save(folder, **splits):
 def test_texts_are_taken_literally_and_long_ones_left_out_and_counted(tmp_path, capsys):
     """No special token is added but the EOS of a response; what stands in the text is what the model sees."""
     tokenizer = word_tokenizer(20)
-    prompts = ["w3 w1 w4", "w5", "w2 w2 w2 w2", "", "w1"]
-    completions = ["w6 w7", "w1", "w3", "w4", "w8 w8 w8"]  # w1 is EOS: as it stands, also within a text
+    prompts = ["w3 <eos> w4", "w5", "w2 w2 w2 w2", "", "<eos>"]
+    completions = ["w6 w7", "<eos>", "w3", "w4", "w8 w8 w8"]
     rows = [{"prompt": p, "completion": c} for p, c in zip(prompts, completions)]
     name = save(tmp_path / "data", train=rows, validation=rows[1:2], test=rows[:1])
     args = p3o.Args(prompt_length=3, response_length=3)
     found = p3o.read_prompts(name, ["train"], tokenizer, args)
     assert found == [
-        {"prompt": p, "prompt_ids": ids} for p, ids in (("w3 w1 w4", [3, 1, 4]), ("w5", [5]), ("w1", [1]))
+        {"prompt": p, "prompt_ids": ids}
+        for p, ids in (("w3 <eos> w4", [3, 1, 4]), ("w5", [5]), ("<eos>", [1]))
     ]
     assert capsys.readouterr().out == f"{name} [train]: 3 of 5 prompts are within --prompt_length\n"
     found = sft.read_rows(name, ["train"], ["completion"], tokenizer, args)
@@ -45,14 +46,14 @@ def test_texts_are_taken_literally_and_long_ones_left_out_and_counted(tmp_path, 
     both = sft.read_rows(name, ["train"], ["completion", "prompt"], tokenizer, p3o.Args(), limit=2)
     assert [row["response_ids"] for row in both] == [[[6, 7, 1], [3, 1, 4, 1]], [[1, 1], [5, 1]]]
     assert sft.read_rows(name, ["train"], [], tokenizer, args)[0] == {
-        "prompt": "w3 w1 w4",
+        "prompt": "w3 <eos> w4",
         "prompt_ids": [3, 1, 4],
         "response_ids": [],
     }
     (held_out,) = p3o.read_prompts(name, ["validation", "test"], tokenizer, args)
     assert held_out["prompt"] == "w5", "the first of the splits that there is"
     (held_out,) = p3o.read_prompts(name, ["dev", "test"], tokenizer, args)
-    assert held_out["prompt"] == "w3 w1 w4"
+    assert held_out["prompt"] == "w3 <eos> w4"
 
 
 def test_too_few_rows_or_no_such_data_end_in_one_line(tmp_path, capsys):
@@ -114,14 +115,14 @@ def test_what_a_run_leaves(p3o_run):
 
 @pytest.mark.parametrize("stage", ["sft", "p3o"])
 def test_plain_transformers_samples_as_in_training_and_stops_at_eos(chain, p3o_run, stage):
-    """50 answers of the saved folder's own generate(), nothing given but the number of tokens."""
+    """50 answers of the saved folder's own generate(), given nothing."""
     folder = p3o_run[0] if stage == "p3o" else chain / "out/sft"
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     prompt = "please review the cafe and mention the coffee :"
     inputs = tokenizer([prompt] * 50, return_tensors="pt")
     torch.manual_seed(0)
-    options = {"attention_mask": inputs["attention_mask"], "max_new_tokens": 24}
-    ids = model.generate(inputs["input_ids"], **options)[:, inputs["input_ids"].shape[1] :]
+    ids = model.generate(**inputs)[:, inputs["input_ids"].shape[1] :]
+    assert model.generation_config.max_new_tokens == 24 >= ids.shape[1], "--response_length is in the folder too"
     ended = 0
     for answer in ids.tolist():
         length = answer.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in answer else 24

@@ -325,7 +325,9 @@ def test_killed_and_resumed(name, undisturbed, new_run):
     assert_same_runs(run, expected)
 
 
-@pytest.mark.parametrize("way", [(kill_in_checkpoint, STEPS), (kill_in_export, 3)])
+@pytest.mark.parametrize(
+    "way", [(kill_in_checkpoint, STEPS), (kill_in_export, 3)], ids=["checkpoint", "export"]
+)
 def test_killed_while_the_last_step_is_saved(way, undisturbed, new_run):
     """Where the last checkpoint is in place there is nothing left to do: so it comes last."""
     run = new_run("sft")
@@ -449,6 +451,7 @@ def test_a_huge_learning_rate(name, new_run):
         (20_000, "cannot save step 4"),  # nor for the weights
         (700, "File too large"),  # nor for another line of the log
     ],
+    ids=["checkpoint", "weights", "log"],
 )
 def test_full_disk_leaves_the_last_checkpoint(size, says, undisturbed, new_run):
     """One line, status 1, the last checkpoint untouched; with room again the same end."""
@@ -473,6 +476,7 @@ def test_full_disk_leaves_the_last_checkpoint(size, says, undisturbed, new_run):
         ("p3o", {"clipping": "none"}, False),
         ("ppo", {}, True),
     ],
+    ids=["joint", "separate", "none", "ppo"],
 )
 def test_equivalent_rewards_give_the_same_bytes(name, changes, moves, new_run):
     """--reward_shift adds an offset per prompt to every score; P3O must not move by a bit, PPO does."""

@@ -1,11 +1,27 @@
-"""bradley_terry_loss of reward_model.py against plain Python mathematics, and on a ranking planted by simulation."""
+"""reward_model.py against oracles that share no code with it.
+
+Its loss: plain Python mathematics, and a ranking planted by simulation. Its steps: one unpadded forward pass per text.
+Its folders: the forward pass of plain transformers.
+"""
 
 import itertools
+import json
 import math
+import random
+import signal
 
 import pytest
 import torch
+from conftest import word_tokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GPT2Config,
+    LlamaConfig,
+)
 
+import reward_model
 from reward_model import bradley_terry_loss
 
 
@@ -113,3 +129,174 @@ def test_recovers_a_planted_ranking():
         error = math.sqrt(covariance[i, i] + covariance[j, j] - 2 * covariance[i, j])
         assert error < 0.25
         assert (scores[i] - scores[j]).item() == pytest.approx((truth[i] - truth[j]).item(), abs=4 * error)
+
+
+# ----------------------------------------------------------------------------------------------- calibration
+
+
+def test_calibration_by_hand():
+    """Of 4 pairs told with P = 3/4 the model is right in 3, of 2 with P = 9/10 in 1; a tie is half right."""
+    odds = [3.0, 3.0, 3.0, 1 / 3, 9.0, 1 / 9, 1.0]
+    difference = torch.tensor(odds, dtype=torch.float64).log()
+    table, error = reward_model.calibration(difference, bins=5)
+    flat = [x for row in table for x in row]
+    assert flat == pytest.approx([0.5, 0.5, 1, 0.75, 0.75, 4, 0.9, 0.5, 2], abs=1e-12)
+    assert error == pytest.approx((0 * 1 + 0 * 4 + 0.4 * 2) / 7, abs=1e-12)
+
+
+def test_a_model_that_knows_the_truth_is_calibrated():
+    difference = 2 * torch.randn(100_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    right = torch.rand(100_000, generator=torch.Generator().manual_seed(1), dtype=torch.float64) < difference.sigmoid()
+    labelled = torch.where(right, difference, -difference)  # chosen less rejected, labels drawn from the model
+    table, error = reward_model.calibration(labelled)
+    assert len(table) == 5 and sum(pairs for *_, pairs in table) == 100_000 and error < 0.01
+    assert reward_model.calibration(3 * labelled)[1] > 0.05, "one that is too sure is not"
+    assert reward_model.calibration(torch.full((10,), 50.0))[0] == [[1.0, 1.0, 10]]
+
+
+# ------------------------------------------------------------------------------------------------ tiny models
+
+SIZES = {"vocab_size": 20, "initializer_range": 0.3, "eos_token_id": 1, "bos_token_id": None, "pad_token_id": None}
+CONFIGS = {
+    "gpt2": GPT2Config(n_positions=32, n_embd=16, n_layer=2, n_head=2, **SIZES),
+    "llama": LlamaConfig(
+        **{"max_position_embeddings": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2},
+        **{"num_attention_heads": 2, "num_key_value_heads": 1, **SIZES},
+    ),
+}
+
+
+def sft_model(folder, name="gpt2", pad=1):
+    """A random language model and its tokenizer, saved as sft.py would leave them. Returns (folder, tokenizer)."""
+    torch.manual_seed(3)
+    AutoModelForCausalLM.from_config(CONFIGS[name]).save_pretrained(folder)
+    word_tokenizer(20, pad=pad).save_pretrained(folder)
+    return str(folder), reward_model.load_tokenizer(str(folder))
+
+
+def args_for(model, **changes):
+    return reward_model.Args(model=model, device="cpu", **({"micro_batch_size": 4, "steps": 10} | changes))
+
+
+def random_rows(B, seed=0):
+    """Preference pairs of random words, of all lengths; responses end in EOS, which also stands inside some."""
+    rng = random.Random(seed)
+    texts = [[rng.randrange(20) for _ in range(rng.randint(1, 7))] for _ in range(3 * B)]
+    return [
+        {"prompt_ids": texts[b], "response_ids": [texts[B + b] + [1], texts[2 * B + b] + [1]]} for b in range(B)
+    ]
+
+
+def lone_score(model, ids):
+    """The score of one text, unpadded: the head on the state of its last token."""
+    return model.score(model.base_model(torch.tensor([ids])).last_hidden_state[0, -1])[0]
+
+
+# ----------------------------------------------------------------------------------------------------- steps
+
+
+@pytest.mark.parametrize("lm_coef", [0.0, 0.7])
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 5])  # of 5 pairs: 2 leaves a short last one
+def test_a_step_descends_the_loss_of_its_pairs(tmp_path, micro_batch_size, lm_coef):
+    """The gradient is that of a loop over unpadded texts, with the LM loss of [Secrets] per token of the chosen."""
+    folder, tokenizer = sft_model(tmp_path)
+    args = args_for(folder, micro_batch_size=micro_batch_size, lm_coef=lm_coef, margin=0.3, max_grad_norm=1e9)
+    model, language_model = reward_model.new_reward_model(tokenizer, args)
+    assert (language_model is None) == (lm_coef == 0)
+    rows = random_rows(5)
+    losses, likelihood, tokens, right = [], 0.0, 0, 0
+    for row in rows:
+        chosen, rejected = (lone_score(model, row["prompt_ids"] + y) for y in row["response_ids"])
+        losses.append(torch.log1p(torch.exp(-(chosen - rejected - 0.3))))
+        right += (chosen > rejected).item()
+        if lm_coef:
+            assert language_model.base_model is model.base_model, "one trunk"
+            prompt, response = row["prompt_ids"], row["response_ids"][0]
+            logps = language_model(torch.tensor([prompt + response])).logits[0].log_softmax(-1)
+            likelihood += sum(logps[len(prompt) - 1 + t, token] for t, token in enumerate(response))
+            tokens += len(response)
+    loss = sum(losses) / 5 - (lm_coef * likelihood / tokens if lm_coef else 0)
+    expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+    before = torch.nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    args.learning_rate = 0.1 / reward_model.lr_share(3, args.steps)
+    metrics = reward_model.update_on_scores(model, language_model, optimizer, rows, 3, tokenizer, args)
+    found = (before - torch.nn.utils.parameters_to_vector(model.parameters()).detach()) / 0.1
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-5)
+    assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert metrics["accuracy"] == pytest.approx(right / 5)
+    assert metrics["grad_norm"] == pytest.approx(expected.norm().item(), rel=1e-4)
+
+
+def test_held_out_metrics_are_means_over_all_pairs(tmp_path):
+    folder, tokenizer = sft_model(tmp_path)
+    model, _ = reward_model.new_reward_model(tokenizer, args_for(folder))
+    rows = random_rows(7)
+    metrics = reward_model.pair_metrics(0, model, rows, tokenizer, args_for(folder, micro_batch_size=3))
+    scores = [[lone_score(model, row["prompt_ids"] + y).item() for y in row["response_ids"]] for row in rows]
+    margins = [chosen - rejected for chosen, rejected in scores]
+    assert metrics["eval_loss"] == pytest.approx(sum(math.log1p(math.exp(-m)) for m in margins) / 7, rel=1e-4)
+    assert metrics["eval_accuracy"] == pytest.approx(sum(m > 0 for m in margins) / 7)
+    table, error = reward_model.calibration(torch.tensor(margins))
+    assert metrics["eval_calibration_error"] == pytest.approx(error, abs=1e-4)
+    assert [row[2] for row in metrics["eval_calibration"]] == [row[2] for row in table]
+
+
+def test_the_learning_rate_rises_and_falls():
+    shares = [reward_model.lr_share(step, 100) for step in range(1, 101)]
+    assert shares[:10] == pytest.approx([0.1 * step for step in range(1, 11)])
+    assert shares[10:] == pytest.approx([(100 - step) / 90 for step in range(10, 100)])
+    assert max(shares) == 1 and reward_model.lr_share(1, 1) == pytest.approx(1 / 0.9)
+
+
+# -------------------------------------------------------------------------------------------- head and folder
+
+
+def test_an_sft_model_gets_a_fresh_head_and_a_reward_model_keeps_its_own(tmp_path, capsys):
+    folder, tokenizer = sft_model(tmp_path / "sft")
+    one, other = (reward_model.new_reward_model(tokenizer, args_for(folder, seed=seed))[0] for seed in (0, 1))
+    again, _ = reward_model.new_reward_model(tokenizer, args_for(folder, seed=0))
+    assert torch.equal(one.score.weight, again.score.weight)
+    assert (one.score.weight - other.score.weight).abs().min() > 1e-4
+    heads = [reward_model.new_reward_model(tokenizer, args_for(folder, seed=s))[0].score.weight for s in range(40)]
+    assert torch.stack(heads).std().item() == pytest.approx(1 / math.sqrt(16 + 1), rel=0.1)  # d = 16, 640 draws
+    start = AutoModelForCausalLM.from_pretrained(folder)
+    for a, b in zip(one.base_model.parameters(), start.base_model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert "reward model" not in capsys.readouterr().out
+    other.save_pretrained(tmp_path / "rm")
+    tokenizer.save_pretrained(tmp_path / "rm")
+    kept, _ = reward_model.new_reward_model(tokenizer, args_for(str(tmp_path / "rm"), seed=0))
+    assert torch.equal(kept.score.weight, other.score.weight)
+    assert "its head is trained further" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name, pad", [("gpt2", 1), ("gpt2", 0), ("llama", 1), ("llama", 0)])
+def test_plain_transformers_gives_the_scores_of_a_written_folder(name, pad, tmp_path, monkeypatch):
+    """Its own forward pass on single texts, also where EOS pads (1), and on batches where it does not (0)."""
+    folder, _ = sft_model(tmp_path / "sft", name, pad)
+    (tmp_path / "data").mkdir()
+    for split in ("train", "validation"):
+        rows = [{"prompt": f"w{i} w3", "chosen": f"w{i + 1} w5", "rejected": "w6"} for i in range(2, 10)]
+        (tmp_path / "data" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(signal, "signal", lambda *ignored: None)  # pytest keeps its own handlers
+    args = args_for(folder, steps=2, dataset=str(tmp_path / "data"), output_dir=str(tmp_path / "rm"), minibatch_size=4)
+    args.prompt_length, args.response_length = 8, 8
+    reward_model.main(args)
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "rm").eval()
+    tokenizer, texts = AutoTokenizer.from_pretrained(tmp_path / "rm"), random_rows(6)
+    if pad == 0:  # its forward pass takes any pad token for padding, and so must our texts hold none
+        texts = [{name: [[x or 2 for x in y] for y in ys] for name, ys in row.items() if name != "prompt_ids"} for row in texts]
+    prompts, responses = [[3, 4]] * 6, [row["response_ids"][0] for row in texts]
+    batch = *reward_model.pad(prompts, "left", tokenizer, "cpu"), *reward_model.pad(responses, "right", tokenizer, "cpu")
+    with torch.no_grad():
+        scores = reward_model.read_score(model, *batch)
+        alone = [model(torch.tensor([[3, 4] + response])).logits[0, 0] for response in responses]
+        torch.testing.assert_close(torch.stack(alone), scores, atol=1e-5, rtol=1e-5)
+        whole = tokenizer.pad({"input_ids": [[3, 4] + response for response in responses]}, return_tensors="pt")
+        if pad == 0:
+            torch.testing.assert_close(model(**whole).logits[:, 0], scores, atol=1e-5, rtol=1e-5)
+        else:
+            with pytest.raises(ValueError, match="padding token"):
+                model(**whole)  # rather than a wrong number
+    assert scores.std() > 0.1 and model.score.weight.dtype == torch.float32
