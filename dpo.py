@@ -34,7 +34,6 @@ from typing import Literal
 import datasets
 import torch
 import transformers
-from torch.nn.functional import logsigmoid
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -98,7 +97,8 @@ def dpo_loss(logp_chosen_seq, logp_rejected_seq, ref_chosen_seq, ref_rejected_se
     stats = {"accuracy": (margin.sign() + 1) / 2, "margin": margin}
     stats |= {"implicit_reward_chosen": reward_chosen, "implicit_reward_rejected": reward_rejected}
     stats |= {"logp_chosen": logp_chosen_seq, "logp_rejected": logp_rejected_seq}
-    return -logsigmoid(margin).mean(), {name: value.detach().mean().item() for name, value in stats.items()}
+    loss = -torch.nn.functional.logsigmoid(margin).mean()
+    return loss, {name: value.detach().mean().item() for name, value in stats.items()}
 
 
 # -------------------------------------------------------------------------------------- tokens and log-probs
@@ -186,7 +186,8 @@ def load_tokenizer(name):
     """The tokenizer of a model; where it has no padding token EOS serves, as masks go by position."""
     with explained(f"cannot load a tokenizer from {name!r}", "run the stage before, or name another model"):
         tokenizer = AutoTokenizer.from_pretrained(name)
-    require(tokenizer.eos_token, f"the tokenizer of {name!r} has no EOS; use another model")
+    useful = tokenizer.eos_token and len(tokenizer) > 1  # without its files GPT-2's knows EOS alone
+    require(useful, f"{name!r} has no tokenizer, or it has no EOS; use another model")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return tokenizer
 
@@ -209,7 +210,7 @@ def load_model(auto_class, name, tokenizer, args, may_miss=(), **options):
     whole = set(info["missing_keys"]) <= set(may_miss) and "score.weight" not in info["unexpected_keys"]
     require(whole, f"{name!r} is not a whole {auto_class.__name__.removeprefix('AutoModelFor')}; name one")
     need = args.prompt_length + args.response_length
-    most = getattr(model.config, "max_position_embeddings", need)
+    most = getattr(model.config, "max_position_embeddings", None) or need
     require(need <= most, f"{name!r} holds {most} tokens, not {need}; lower --prompt_length")
     return model
 

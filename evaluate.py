@@ -131,7 +131,8 @@ def load_tokenizer(name):
     """The tokenizer of a model; where it has no padding token EOS serves, as masks go by position."""
     with explained(f"cannot load a tokenizer from {name!r}", "run the stage before, or name another model"):
         tokenizer = AutoTokenizer.from_pretrained(name)
-    require(tokenizer.eos_token, f"the tokenizer of {name!r} has no EOS; use another model")
+    useful = tokenizer.eos_token and len(tokenizer) > 1  # without its files GPT-2's knows EOS alone
+    require(useful, f"{name!r} has no tokenizer, or it has no EOS; use another model")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return tokenizer
 
@@ -154,7 +155,7 @@ def load_model(auto_class, name, tokenizer, args, may_miss=(), **options):
     whole = set(info["missing_keys"]) <= set(may_miss) and "score.weight" not in info["unexpected_keys"]
     require(whole, f"{name!r} is not a whole {auto_class.__name__.removeprefix('AutoModelFor')}; name one")
     need = args.prompt_length + args.response_length
-    most = getattr(model.config, "max_position_embeddings", need)
+    most = getattr(model.config, "max_position_embeddings", None) or need
     require(need <= most, f"{name!r} holds {most} tokens, not {need}; lower --prompt_length")
     return model
 

@@ -2,9 +2,9 @@
 
     JUDGE_API_KEY=... python judge.py --judge_base_url http://localhost:8000/v1 --judge_model NAME
 
-ends with, say
-    p3o against sft: 0.871 [0.842, 0.899], ties 0.102
-    out/evaluation: 2560 pairs, 3 of them unparsable; judge.json, judge.md
+ends with lines of this form
+    A against B: RATE [LOW, HIGH], ties SHARE
+    out/evaluation: N pairs, M of them unparsable; judge.json, judge.md
 
 at any OpenAI-compatible endpoint. Of every two policies, response s of one meets response s of the other at
 every prompt, in both orders: A (A - 1) P S questions for A policies, P prompts, S responses of each to each.

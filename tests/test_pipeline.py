@@ -122,7 +122,9 @@ def test_plain_transformers_samples_as_in_training_and_stops_at_eos(chain, p3o_r
     inputs = tokenizer([prompt] * 50, return_tensors="pt")
     torch.manual_seed(0)
     ids = model.generate(**inputs)[:, inputs["input_ids"].shape[1] :]
-    assert model.generation_config.max_new_tokens == 24 >= ids.shape[1], "--response_length is in the folder too"
+    assert model.generation_config.max_new_tokens == 24 >= ids.shape[1], (
+        "--response_length is in the folder too"
+    )
     ended = 0
     for answer in ids.tolist():
         length = answer.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in answer else 24

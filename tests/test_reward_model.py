@@ -146,8 +146,13 @@ def test_calibration_by_hand():
 
 def test_a_model_that_knows_the_truth_is_calibrated():
     difference = 2 * torch.randn(100_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    right = torch.rand(100_000, generator=torch.Generator().manual_seed(1), dtype=torch.float64) < difference.sigmoid()
-    labelled = torch.where(right, difference, -difference)  # chosen less rejected, labels drawn from the model
+    right = (
+        torch.rand(100_000, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        < difference.sigmoid()
+    )
+    labelled = torch.where(
+        right, difference, -difference
+    )  # chosen less rejected, labels drawn from the model
     table, error = reward_model.calibration(labelled)
     assert len(table) == 5 and sum(pairs for *_, pairs in table) == 100_000 and error < 0.01
     assert reward_model.calibration(3 * labelled)[1] > 0.05, "one that is too sure is not"
@@ -156,11 +161,17 @@ def test_a_model_that_knows_the_truth_is_calibrated():
 
 # ------------------------------------------------------------------------------------------------ tiny models
 
-SIZES = {"vocab_size": 20, "initializer_range": 0.3, "eos_token_id": 1, "bos_token_id": None, "pad_token_id": None}
+SIZES = {
+    "vocab_size": 20,
+    "initializer_range": 0.3,
+    "eos_token_id": 1,
+    "bos_token_id": None,
+    "pad_token_id": None,
+}
 CONFIGS = {
-    "gpt2": GPT2Config(n_positions=32, n_embd=16, n_layer=2, n_head=2, **SIZES),
+    "gpt2": GPT2Config(n_positions=64, n_embd=16, n_layer=2, n_head=2, **SIZES),
     "llama": LlamaConfig(
-        **{"max_position_embeddings": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2},
+        **{"max_position_embeddings": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2},
         **{"num_attention_heads": 2, "num_key_value_heads": 1, **SIZES},
     ),
 }
@@ -183,7 +194,8 @@ def random_rows(B, seed=0):
     rng = random.Random(seed)
     texts = [[rng.randrange(20) for _ in range(rng.randint(1, 7))] for _ in range(3 * B)]
     return [
-        {"prompt_ids": texts[b], "response_ids": [texts[B + b] + [1], texts[2 * B + b] + [1]]} for b in range(B)
+        {"prompt_ids": texts[b], "response_ids": [texts[B + b] + [1], texts[2 * B + b] + [1]]}
+        for b in range(B)
     ]
 
 
@@ -258,8 +270,12 @@ def test_an_sft_model_gets_a_fresh_head_and_a_reward_model_keeps_its_own(tmp_pat
     again, _ = reward_model.new_reward_model(tokenizer, args_for(folder, seed=0))
     assert torch.equal(one.score.weight, again.score.weight)
     assert (one.score.weight - other.score.weight).abs().min() > 1e-4
-    heads = [reward_model.new_reward_model(tokenizer, args_for(folder, seed=s))[0].score.weight for s in range(40)]
-    assert torch.stack(heads).std().item() == pytest.approx(1 / math.sqrt(16 + 1), rel=0.1)  # d = 16, 640 draws
+    heads = [
+        reward_model.new_reward_model(tokenizer, args_for(folder, seed=s))[0].score.weight for s in range(20)
+    ]
+    assert torch.cat(heads).std().item() == pytest.approx(
+        1 / math.sqrt(16 + 1), rel=0.15
+    )  # d = 16, 320 draws
     start = AutoModelForCausalLM.from_pretrained(folder)
     for a, b in zip(one.base_model.parameters(), start.base_model.parameters(), strict=True):
         assert torch.equal(a, b)
@@ -280,23 +296,28 @@ def test_plain_transformers_gives_the_scores_of_a_written_folder(name, pad, tmp_
         rows = [{"prompt": f"w{i} w3", "chosen": f"w{i + 1} w5", "rejected": "w6"} for i in range(2, 10)]
         (tmp_path / "data" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.setattr(signal, "signal", lambda *ignored: None)  # pytest keeps its own handlers
-    args = args_for(folder, steps=2, dataset=str(tmp_path / "data"), output_dir=str(tmp_path / "rm"), minibatch_size=4)
+    args = args_for(
+        folder, steps=2, dataset=str(tmp_path / "data"), output_dir=str(tmp_path / "rm"), minibatch_size=4
+    )
     args.prompt_length, args.response_length = 8, 8
     reward_model.main(args)
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "rm").eval()
-    tokenizer, texts = AutoTokenizer.from_pretrained(tmp_path / "rm"), random_rows(6)
-    if pad == 0:  # its forward pass takes any pad token for padding, and so must our texts hold none
-        texts = [{name: [[x or 2 for x in y] for y in ys] for name, ys in row.items() if name != "prompt_ids"} for row in texts]
-    prompts, responses = [[3, 4]] * 6, [row["response_ids"][0] for row in texts]
-    batch = *reward_model.pad(prompts, "left", tokenizer, "cpu"), *reward_model.pad(responses, "right", tokenizer, "cpu")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "rm")
+    responses = [row["response_ids"][0] for row in random_rows(6)]
+    if pad == 0:  # that token anywhere would count as padding in its forward pass
+        responses = [[token or 2 for token in response] for response in responses]
+    prompt = reward_model.pad([[3, 4]] * 6, "left", tokenizer, "cpu")
+    texts = [[3, 4] + response for response in responses]
     with torch.no_grad():
-        scores = reward_model.read_score(model, *batch)
-        alone = [model(torch.tensor([[3, 4] + response])).logits[0, 0] for response in responses]
-        torch.testing.assert_close(torch.stack(alone), scores, atol=1e-5, rtol=1e-5)
-        whole = tokenizer.pad({"input_ids": [[3, 4] + response for response in responses]}, return_tensors="pt")
+        scores = reward_model.read_score(
+            model, *prompt, *reward_model.pad(responses, "right", tokenizer, "cpu")
+        )
+        alone = torch.stack([model(torch.tensor([text])).logits[0, 0] for text in texts])
+        torch.testing.assert_close(alone, scores, atol=1e-5, rtol=1e-5)
+        together = tokenizer.pad({"input_ids": texts}, return_tensors="pt")
         if pad == 0:
-            torch.testing.assert_close(model(**whole).logits[:, 0], scores, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(model(**together).logits[:, 0], scores, atol=1e-5, rtol=1e-5)
         else:
             with pytest.raises(ValueError, match="padding token"):
-                model(**whole)  # rather than a wrong number
+                model(**together)  # rather than a wrong number
     assert scores.std() > 0.1 and model.score.weight.dtype == torch.float32
