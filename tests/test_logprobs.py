@@ -581,8 +581,9 @@ def test_the_saved_policy_samples_as_in_training(name, tmp_path):
     and length, on a model whose own config ends texts with other tokens and samples otherwise."""
     model = make(name, 1, torch.float32, eos_token_id=5, pad_token_id=7, initializer_range=0.1)
     model.generation_config = GenerationConfig(eos_token_id=[5, 6], top_k=2, repetition_penalty=2.0)
-    ids, _ = sample(model, [[3, 4]], 50, 8, temperature=0.8)
-    assert {EOS, 5, 6} <= set(ids.flatten().tolist()) and ids.shape == (50, 8)
+    ids, mask = sample(model, [[3, 4]], 50, 8, temperature=0.8)
+    assert ids.shape == (50, 8) and EOS in ids and (ids[~mask] == EOS).all(), "ends at EOS"
+    assert all((ids[:, 1:][ids[:, :-1] == token] != EOS).any() for token in (5, 6)), "and nowhere else"
     model.save_pretrained(tmp_path)
     plain, prompt = AutoModelForCausalLM.from_pretrained(tmp_path), torch.tensor([[3, 4]] * 50)
     torch.manual_seed(0)
