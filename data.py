@@ -30,7 +30,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import datasets
-import torch
 import transformers
 from transformers import AutoTokenizer
 
@@ -222,14 +221,7 @@ def guard(main, args_class):
     with explained("cannot read the command line", "see --help"):
         parser = transformers.HfArgumentParser(args_class, allow_abbrev=False, exit_on_error=False)
         (args,) = parser.parse_args_into_dataclasses(look_for_args_file=False)
-    try:
-        main(args)
-    except torch.OutOfMemoryError:
-        require(False, "out of memory; lower batch sizes or lengths, or use --dtype bfloat16", 1)
-    except OSError as error:
-        require(False, f"{error}; mend that and run it again, training with --resume", 1)
-    except KeyboardInterrupt:
-        require(False, "interrupted; what was saved is kept", 130)
+    main(args)
 
 
 # ------------------------------------------------------------------------------------------------------ main

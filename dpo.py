@@ -51,9 +51,7 @@ class Args:
     reward_model: str = flag("out/reward_model", "sequence-classification model with one label")
     online: bool = flag(False, "learn from fresh responses, two per prompt, ranked by the reward model")
     labels: Literal["ranked", "sampled"] = flag("ranked", "online winner: higher score, or by Bradley-Terry")
-    dataset: str | None = flag(
-        None, "hub name or folder; None: data/toy/preferences, online data/toy/prompts"
-    )
+    dataset: str | None = flag(None, "None: data/toy/preferences, online data/toy/prompts; see data.py")
     output_dir: str | None = flag(None, "folder of this run; None: out/dpo, online out/dpo_online")
     seed: int = flag(0, "of data order and sampling")
     device: str = flag("auto", "auto (cuda when there is one), cpu, cuda, cuda:1, ...")
@@ -63,7 +61,7 @@ class Args:
     prompts_per_step: int = flag(64, "online: B, prompts per rollout; offline a step is one minibatch")
     epochs: int | None = flag(None, "passes over each rollout, None: 2; offline over the data, None: 1")
     minibatch_size: int = flag(32, "pairs per optimizer step")
-    micro_batch_size: int = flag(0, "pairs per forward pass: less memory, same gradient; 0: the minibatch")
+    micro_batch_size: int = flag(0, "pairs per forward pass: to save memory; 0: the minibatch")
     beta: float = flag(0.5, "weight of the KL to the SFT model; 0.1 in the paper")
     missing_eos_penalty: float = flag(1.0, "subtracted from the score of a response cut off without EOS")
     temperature: float = flag(1.0, "divides the logits, when sampling and in every log-prob")
@@ -73,12 +71,8 @@ class Args:
     eval_every: int = flag(20, "steps between evaluations on held-out rows; 0: only before and after")
     eval_prompts: int = flag(256, "held-out prompts of an evaluation, and offline held-out pairs")
     save_every: int = flag(20, "steps between checkpoints; 0: only the last")
-    resume: bool = flag(False, "continue from the last checkpoint; only steps, save_every, device may change")
+    resume: bool = flag(False, "go on; steps, save_every, micro_batch_size, device may differ")
     overwrite: bool = flag(False, "replace the run in output_dir")
-
-
-# All other numbers must be positive: check_args.
-MAY_BE_ZERO = "seed micro_batch_size missing_eos_penalty eval_every save_every".split()
 
 
 # ------------------------------------------------------------------------------------------- the mathematics
@@ -197,20 +191,20 @@ def load_tokenizer(name):
 
 def load_model(auto_class, name, tokenizer, args, may_miss=(), **options):
     """A decoder-only model in float32 and eval mode: no dropout, ever. may_miss: weights made afresh."""
-    with explained(f"cannot use {name!r} as a model", "name a decoder-only one, its folder or hub id"):
+    with explained(f"cannot use {name!r} as a model on --device {args.device}", "name a decoder-only one"):
         options |= {"dtype": torch.float32, "output_loading_info": True}
         model, info = auto_class.from_pretrained(name, **options)
         model = model.eval().to(args.device)
-        # A probe: hidden states of [1, 2, 0] alone and behind a pad agree, whatever follows; and the
-        # tokenizer's last id has an embedding.
-        ids = torch.tensor([[1, 2, 0, len(tokenizer) - 1], [0, 1, 2, 0]], device=args.device)
-        mask = torch.tensor([[True] * 4, [False, True, True, True]], device=args.device)
+        # A probe: the hidden states of a row are the same alone and behind a pad, whatever follows.
+        ids = [[1, 2, 0, tokenizer.eos_token_id], [tokenizer.pad_token_id, 1, 2, 0]]
+        ids, mask = torch.tensor([ids, [[1, 1, 1, 1], [0, 1, 1, 1]]], device=args.device)  # (2, 4) each
+        inputs = model_inputs(ids[:, :2], mask[:, :2], ids[:, 2:], mask[:, 2:])
         with torch.no_grad():
-            inputs = model_inputs(ids[:, :2], mask[:, :2], ids[:, 2:], mask[:, 2:])
             hidden = model.base_model(**inputs, use_cache=False).last_hidden_state  # (2, 4, D)
-        same = (hidden[0, :3] - hidden[1, 1:]).abs().max() <= 1e-3 * hidden.abs().max()
+        same = bool((hidden[0, :3] - hidden[1, 1:]).abs().max() <= 1e-3 * hidden.abs().max())
     require(same, f"{name!r} sees padding or later tokens, or is not finite; use a decoder-only model")
     whole = set(info["missing_keys"]) <= set(may_miss) and "score.weight" not in info["unexpected_keys"]
+    whole &= hasattr(model, "score") or "num_labels" not in options
     require(whole, f"{name!r} is not a whole {auto_class.__name__.removeprefix('AutoModelFor')}; name one")
     need = args.prompt_length + args.response_length
     most = getattr(model.config, "max_position_embeddings", None) or need
@@ -223,8 +217,7 @@ def load_reward(tokenizer, args):
     model = load_model(AutoModelForSequenceClassification, args.reward_model, tokenizer, args, num_labels=1)
     model.requires_grad_(False)
     same = load_tokenizer(args.reward_model).get_vocab() == tokenizer.get_vocab()
-    todo = "train one from this model, or see 'Your own reward' in README.md"
-    require(same, f"{args.reward_model!r} reads other tokens than the policy; {todo}")
+    require(same, f"{args.reward_model!r} has another tokenizer; see 'Your own reward' in README.md")
     return lambda batch: read_score(model, *(batch[name] for name in TOKENS))
 
 
@@ -242,9 +235,7 @@ def sample_batch(policy, rows, num_responses, tokenizer, args):
     config = {"do_sample": True, "temperature": args.temperature, "top_k": 0, "top_p": 1.0}
     config |= {"max_new_tokens": args.response_length, "remove_invalid_values": True}
     config |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    policy.generation_config = transformers.GenerationConfig(
-        **config
-    )  # saved with it: it will sample as here
+    policy.generation_config = transformers.GenerationConfig(**config)  # saved too: it samples as here
     with autocast(args):
         ids = policy.generate(input_ids=prompt_ids, attention_mask=prompt_mask.long())
     ids = ids[:, prompt_ids.shape[1] :]  # (N, R)
@@ -304,23 +295,21 @@ def batch_metrics(batch, num_responses, beta):
 
 
 def cost_metrics(batch, clock):
-    """Seconds by phase, from the clock around them; tokens per second; the GPU's peak memory."""
-    started, sampled, scored, updated = clock
-    seconds = {"seconds_rollout": sampled - started, "seconds_score": scored - sampled}
-    seconds |= {"seconds_update": updated - scored}
-    mask = batch["response_mask"]
-    peak = torch.cuda.max_memory_allocated(mask.device) / 1e9 if mask.is_cuda else 0.0
-    return seconds | {"tokens_per_second": mask.sum().item() / (updated - started), "peak_memory_gb": peak}
+    """Seconds of each phase, from the clock around them; tokens per second; the GPU's peak memory."""
+    phases = zip(("seconds_rollout", "seconds_score", "seconds_update"), clock, clock[1:])
+    metrics = {name: end - start for name, start, end in phases}
+    metrics["tokens_per_second"] = batch["response_mask"].sum().item() / (clock[-1] - clock[0])
+    return metrics | {"peak_memory_gb": torch.cuda.max_memory_allocated() / 1e9}
 
 
 def evaluate(step, models, held_out, tokenizer, args):
-    """eval_ metrics on held-out prompts, every time with the same seed; the texts go to samples.jsonl."""
+    """eval_ metrics on held-out prompts, always with the same seed. samples.jsonl: the latest responses."""
     torch.manual_seed(args.seed * 10**6)
     batch = sample_batch(models[0], held_out, 1, tokenizer, args)
     batch = score_batch(batch, models, args.micro_batch_size, args)
-    for i, score in enumerate(batch["score"].tolist()):
-        row = {"step": step, "prompt": batch["prompt"][i], "response": batch["response"][i], "reward": score}
-        append_jsonl(args, "samples.jsonl", row)
+    samples = zip(batch["prompt"], batch["response"], batch["score"].tolist())
+    rows = [{"step": step, "prompt": x, "response": y, "reward": r} for x, y, r in samples]
+    Path(args.output_dir, "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     metrics = {f"eval_{name}": value for name, value in batch_metrics(batch, 1, args.beta).items()}
     reached = f"reward {metrics['eval_reward']:.3f}, KL {metrics['eval_kl']:.2f} nats/response"
     tqdm.write(f"step {step}: {reached}, {metrics['eval_response_length']:.1f} tokens, on held-out prompts")
@@ -328,9 +317,7 @@ def evaluate(step, models, held_out, tokenizer, args):
 
 
 # ------------------------------------------------------------------------------- the run folder and failures
-MAY_CHANGE = "steps", "save_every", "device", "resume", "overwrite"  # on --resume
-INPUTS = "model", "reward_model", "dataset", "ptx_dataset"  # nothing may be written over them
-LOGS = "metrics.jsonl", "samples.jsonl"
+MAY_CHANGE = "steps", "save_every", "micro_batch_size", "device", "resume", "overwrite"  # on --resume
 stop_signals = []
 
 
@@ -352,55 +339,52 @@ def explained(wrong, todo, status=2):
         require(False, f"{wrong} ({reason}); {todo}", status)
 
 
-def check_args(args):
+def check_args(args, may_be_zero):
     """Numbers in range, an output folder that is free or holds a run to go on with; sets the device."""
     for name, value in vars(args).items():
-        least = 0 if name in MAY_BE_ZERO else 1e-12
-        in_range = isinstance(value, bool) or not isinstance(value, int | float) or least <= value <= 1e9
-        require(in_range, f"--{name} {value} is out of range; give a number from {least} to 1e9")
+        least = 0 if name in may_be_zero.split() else 1e-9
+        good = type(value) not in (int, float) or least <= value <= 1e9
+        require(good, f"--{name} {value} is out of range; give a number from {least} to 1e9")
+    args.device = args.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
     folder, todo = Path(args.output_dir), "choose another --output_dir"
-    is_run, is_used = (folder / "args.json").exists(), folder.is_file() or any(folder.glob("*"))
-    require(is_run or not is_used, f"{folder} holds files but no run; {todo}")
+    is_run = (folder / "args.json").exists()
+    require(is_run or not any(folder.glob("*")), f"{folder} holds files but no run; {todo}")
     require(is_run or not args.resume, f"{folder} holds no run; leave out --resume")
-    unclear = is_run and args.resume == args.overwrite
-    require(not unclear, f"{folder} holds a run; give either --resume or --overwrite, or {todo}")
-    for name in [name for name in INPUTS if getattr(args, name, None)]:
-        path = Path(getattr(args, name)).resolve()
-        inside = folder.resolve() in (path, *path.parents)
+    clear = not is_run or args.resume != args.overwrite
+    require(clear, f"{folder} holds a run; give either --resume or --overwrite, or {todo}")
+    for name in {"model", "reward_model", "dataset"} & set(vars(args)):
+        inside = Path(getattr(args, name)).resolve().is_relative_to(folder.resolve())
         require(not inside, f"--output_dir {folder} holds the input --{name}; {todo}")
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    with explained(f"cannot use --device {args.device}", "give auto, cpu or cuda"):
-        torch.zeros(1, device=args.device).item()
 
 
-def open_run(args):
-    """Makes the output folder, cuts the logs back to the checkpoint and takes over the signals.
+def open_run(args, parts):
+    """Makes the folder, or on --resume cuts its log back and loads the parts; takes over the signals.
 
-    Returns that checkpoint, {"step", "models", ...}, on --resume, else None.
+    parts: {name: what has a state_dict}. Returns the steps done and the metrics of the last, or 0 and {}.
     """
-    folder, path, checkpoint = Path(args.output_dir), Path(args.output_dir, "checkpoint.pt"), None
+    folder, path = Path(args.output_dir), Path(args.output_dir, "checkpoint.pt")
+    checkpoint = {"step": 0, "metrics": {}, "log_size": 0}
     if args.resume and path.exists():
         with explained(f"cannot read {path}", "start again with --overwrite"):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        for name, was in checkpoint["args"].items():
-            now, todo = getattr(args, name, None), f"on --resume only {', '.join(MAY_CHANGE)} may change"
-            require(was == now or name in MAY_CHANGE, f"--{name} was {was} and is now {now}; {todo}")
-        done = checkpoint["step"]  # stopped exactly here, the run would lack its last evaluation
-        whole = done == args.steps and any(name.startswith("eval_") for name in checkpoint["metrics"])
-        require(whole or done < args.steps, f"{folder} has done {done} of {args.steps} steps; raise --steps")
-    elif args.resume:
-        print(f"{folder} has no checkpoint: it begins at step 0", flush=True)
+        done, before = checkpoint["step"], checkpoint["args"]
+        for name, now in vars(args).items():
+            same, was = name in MAY_CHANGE or now == before.get(name), before.get(name)
+            require(same, f"--{name} was {was} and is now {now}; only {', '.join(MAY_CHANGE)} may change")
+        fits = done < args.steps or done == args.steps == before["steps"]
+        require(fits, f"{folder} has done {done} of {args.steps} steps; raise --steps")
+        for name, part in parts.items():
+            part.load_state_dict(checkpoint["parts"][name])
     with explained(f"cannot write to {folder}", "choose another --output_dir"):
         folder.mkdir(parents=True, exist_ok=True)
-        for name in ("checkpoint.pt", "config.json") if args.overwrite else ():
+        for name in ["checkpoint.pt", "config.json"] if args.overwrite else []:
             (folder / name).unlink(missing_ok=True)  # a model without config.json is not taken for this run's
         (folder / "args.json").write_text(json.dumps({"args": vars(args)}, indent=2))
-        for log in [folder / name for name in LOGS if (folder / name).exists()]:
-            os.truncate(log, checkpoint["log_sizes"].get(log.name, 0) if checkpoint else 0)
+        with open(folder / "metrics.jsonl", "a") as log:
+            log.truncate(checkpoint["log_size"])
     signal.signal(signal.SIGINT, on_signal)
     signal.signal(signal.SIGTERM, on_signal)
-    return checkpoint
+    return checkpoint["step"], checkpoint["metrics"]
 
 
 def on_signal(number, frame):
@@ -410,37 +394,25 @@ def on_signal(number, frame):
     print("stopping after this step, which will be saved", file=sys.stderr, flush=True)
 
 
-def append_jsonl(args, name, row):
-    with open(Path(args.output_dir, name), "a") as file:
-        file.write(json.dumps(row) + "\n")
+def end_step(args, step, metrics, parts, tokenizer):
+    """Logs a step; saves when due, after the last, or when a signal asks to stop, and then exits.
 
-
-def require_finite(metrics, step, args):
-    """Stops the run before a bad gradient reaches the weights."""
-    found = f"loss {metrics['loss']}, gradient norm {metrics['grad_norm']} at step {step}"
-    todo = f"lower --learning_rate in a new run; the last good checkpoint, if any, is in {args.output_dir}"
-    require(math.isfinite(metrics["loss"] + metrics["grad_norm"]), f"{found}; {todo}", 1)
-
-
-def end_step(args, step, metrics, models, tokenizer, state):
-    """Logs a finished step; saves when due, after the last, or when a signal asks to stop, and then exits.
-
-    models: {subfolder: model}, "" for the main one. state: what else --resume needs, tensors and values.
+    parts: as in open_run; the models among them are exported to the subfolders they are named by.
     """
-    append_jsonl(args, "metrics.jsonl", {"step": step} | metrics)
-    stop = list(stop_signals)  # once: a signal that comes after this line waits for the next step
-    if stop or step == args.steps or (args.save_every and step % args.save_every == 0):
-        folder, new = Path(args.output_dir), Path(args.output_dir, "checkpoint.pt.new")
-        state = state | {"step": step, "metrics": metrics, "args": vars(args)}
-        state["models"] = {name: model.state_dict() for name, model in models.items()}
-        logs = [folder / name for name in LOGS if (folder / name).exists()]
-        state["log_sizes"] = {log.name: log.stat().st_size for log in logs}
+    folder, stop = Path(args.output_dir), list(stop_signals)  # later signals wait for the next step
+    with open(folder / "metrics.jsonl", "a") as log:
+        log.write(json.dumps({"step": step} | metrics) + "\n")
+    due = args.save_every and step > 0 and step % args.save_every == 0
+    if due or stop or step == args.steps:
+        state = {"step": step, "metrics": metrics, "args": vars(args)}
+        state["log_size"] = (folder / "metrics.jsonl").stat().st_size
+        state["parts"] = {name: part.state_dict() for name, part in parts.items()}
         with explained(f"cannot save step {step}", "make room and --resume: the last checkpoint is whole", 1):
-            for name, model in models.items():
-                model.save_pretrained(folder / name)
+            for name in [x for x, part in parts.items() if isinstance(part, transformers.PreTrainedModel)]:
+                parts[name].save_pretrained(folder / name)
                 tokenizer.save_pretrained(folder / name)
-            torch.save(state, new)
-            os.replace(new, folder / "checkpoint.pt")  # last, so that where it is, the rest is whole
+            torch.save(state, folder / "checkpoint.pt.new")
+            os.replace(folder / "checkpoint.pt.new", folder / "checkpoint.pt")  # last: now the rest is whole
     if stop:
         print(f"stopped after step {step} of {args.steps} and saved; go on with --resume", file=sys.stderr)
         sys.exit(128 + stop[0])
@@ -455,14 +427,7 @@ def guard(main, args_class):
     with explained("cannot read the command line", "see --help"):
         parser = transformers.HfArgumentParser(args_class, allow_abbrev=False, exit_on_error=False)
         (args,) = parser.parse_args_into_dataclasses(look_for_args_file=False)
-    try:
-        main(args)
-    except torch.OutOfMemoryError:
-        require(False, "out of memory; lower batch sizes or lengths, or use --dtype bfloat16", 1)
-    except OSError as error:
-        require(False, f"{error}; mend that and run it again, training with --resume", 1)
-    except KeyboardInterrupt:
-        require(False, "interrupted; what was saved is kept", 130)
+    main(args)
 
 
 # ------------------------------------------------------------------------------------------------------ main
@@ -516,7 +481,9 @@ def update_on_pairs(policy, optimizer, batch, minibatch, step, args):
         for name, value in metrics.items():
             total[name] += value * share
     total["grad_norm"] = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm).item()
-    require_finite(total, step, args)
+    finite = math.isfinite(total["loss"] + total["grad_norm"])  # before it reaches the weights
+    todo = f"lower --learning_rate in a new run; the last checkpoint, if any, in {args.output_dir} is good"
+    require(finite, f"step {step} is not finite, {dict(total)}; {todo}", 1)
     optimizer.step()
     optimizer.zero_grad()
     return total
@@ -548,10 +515,10 @@ def set_mode(args):
 
 def main(args):
     set_mode(args)
-    check_args(args)
+    check_args(args, "seed micro_batch_size missing_eos_penalty eval_every save_every")
     args.micro_batch_size = args.micro_batch_size or args.minibatch_size
-    B, divides = args.prompts_per_step, args.prompts_per_step % args.minibatch_size == 0
-    require(divides, f"--minibatch_size does not divide --prompts_per_step {B}; alter it")
+    B = args.prompts_per_step
+    require(B % args.minibatch_size == 0, "--minibatch_size does not divide --prompts_per_step; alter it")
     tokenizer, columns = load_tokenizer(args.model), [] if args.online else ["chosen", "rejected"]
     train = read_rows(args.dataset, ["train"], columns, tokenizer, args)
     held_out = read_rows(args.dataset, ["validation", "test"], columns, tokenizer, args, args.eval_prompts)
@@ -561,15 +528,12 @@ def main(args):
     models = policy, reference.requires_grad_(False), load_reward(tokenizer, args)
     settings = {"lr": args.learning_rate, "betas": (0.9, 0.95), "eps": 1e-5, "weight_decay": 0.0}
     optimizer = torch.optim.AdamW(policy.parameters(), **settings)
-    checkpoint, start, done = open_run(args), time.perf_counter(), 0
-    if checkpoint:
-        done, metrics = checkpoint["step"], checkpoint["metrics"]
-        policy.load_state_dict(checkpoint["models"][""])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-    else:
+    parts, start = {"": policy, "optimizer": optimizer}, time.perf_counter()
+    done, metrics = open_run(args, parts)
+    if done == 0:
         metrics = evaluate(0, models, held_out, tokenizer, args)
         metrics |= evaluate_pairs(models, pairs, tokenizer, args)
-        append_jsonl(args, "metrics.jsonl", {"step": 0} | metrics)
+        end_step(args, 0, metrics, parts, tokenizer)
 
     bar = tqdm(range(done + 1, args.steps + 1), "dpo", args.steps, initial=done, disable=None)
     for step in bar:
@@ -600,7 +564,7 @@ def main(args):
         if step == args.steps or (args.eval_every and step % args.eval_every == 0):
             metrics |= evaluate(step, models, held_out, tokenizer, args)
             metrics |= evaluate_pairs(models, pairs, tokenizer, args)
-        end_step(args, step, metrics, {"": policy}, tokenizer, {"optimizer": optimizer.state_dict()})
+        end_step(args, step, metrics, parts, tokenizer)
     reached = f"reward {metrics['eval_reward']:.3f} at KL {metrics['eval_kl']:.2f} nats/response"
     minutes = (time.perf_counter() - start) / 60
     print(f"{args.output_dir}: {reached} on held-out prompts; {args.steps} steps, {minutes:.1f} minutes")

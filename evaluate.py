@@ -39,9 +39,8 @@ def flag(default, text):
 
 @dataclass
 class Args:
-    runs: list[str] = field(
-        default_factory=list, metadata={"help": "folders; no flag needed if first; default: all in out/"}
-    )
+    text = {"help": "folders; no flag needed if first; default: all in out/"}
+    runs: list[str] = field(default_factory=list, metadata=text)
     dataset: str = flag("data/toy/prompts", "hub name or folder with a text column prompt; its test split")
     output_dir: str = flag("out/evaluation", "folder of answers.jsonl and meta.json")
     num_prompts: int = flag(32, "P, held-out prompts")
@@ -59,8 +58,6 @@ class Args:
     overwrite: bool = flag(False, "replace answers that were made with other settings")
 
 
-# All other numbers must be positive.
-MAY_BE_ZERO = "seed missing_eos_penalty".split()
 SHARED = "reward_model", "temperature", "prompt_length", "response_length", "missing_eos_penalty"
 
 
@@ -139,20 +136,20 @@ def load_tokenizer(name):
 
 def load_model(auto_class, name, tokenizer, args, may_miss=(), **options):
     """A decoder-only model in float32 and eval mode: no dropout, ever. may_miss: weights made afresh."""
-    with explained(f"cannot use {name!r} as a model", "name a decoder-only one, its folder or hub id"):
+    with explained(f"cannot use {name!r} as a model on --device {args.device}", "name a decoder-only one"):
         options |= {"dtype": torch.float32, "output_loading_info": True}
         model, info = auto_class.from_pretrained(name, **options)
         model = model.eval().to(args.device)
-        # A probe: hidden states of [1, 2, 0] alone and behind a pad agree, whatever follows; and the
-        # tokenizer's last id has an embedding.
-        ids = torch.tensor([[1, 2, 0, len(tokenizer) - 1], [0, 1, 2, 0]], device=args.device)
-        mask = torch.tensor([[True] * 4, [False, True, True, True]], device=args.device)
+        # A probe: the hidden states of a row are the same alone and behind a pad, whatever follows.
+        ids = [[1, 2, 0, tokenizer.eos_token_id], [tokenizer.pad_token_id, 1, 2, 0]]
+        ids, mask = torch.tensor([ids, [[1, 1, 1, 1], [0, 1, 1, 1]]], device=args.device)  # (2, 4) each
+        inputs = model_inputs(ids[:, :2], mask[:, :2], ids[:, 2:], mask[:, 2:])
         with torch.no_grad():
-            inputs = model_inputs(ids[:, :2], mask[:, :2], ids[:, 2:], mask[:, 2:])
             hidden = model.base_model(**inputs, use_cache=False).last_hidden_state  # (2, 4, D)
-        same = (hidden[0, :3] - hidden[1, 1:]).abs().max() <= 1e-3 * hidden.abs().max()
+        same = bool((hidden[0, :3] - hidden[1, 1:]).abs().max() <= 1e-3 * hidden.abs().max())
     require(same, f"{name!r} sees padding or later tokens, or is not finite; use a decoder-only model")
     whole = set(info["missing_keys"]) <= set(may_miss) and "score.weight" not in info["unexpected_keys"]
+    whole &= hasattr(model, "score") or "num_labels" not in options
     require(whole, f"{name!r} is not a whole {auto_class.__name__.removeprefix('AutoModelFor')}; name one")
     need = args.prompt_length + args.response_length
     most = getattr(model.config, "max_position_embeddings", None) or need
@@ -165,8 +162,7 @@ def load_reward(tokenizer, args):
     model = load_model(AutoModelForSequenceClassification, args.reward_model, tokenizer, args, num_labels=1)
     model.requires_grad_(False)
     same = load_tokenizer(args.reward_model).get_vocab() == tokenizer.get_vocab()
-    todo = "train one from this model, or see 'Your own reward' in README.md"
-    require(same, f"{args.reward_model!r} reads other tokens than the policy; {todo}")
+    require(same, f"{args.reward_model!r} has another tokenizer; see 'Your own reward' in README.md")
     return lambda batch: read_score(model, *(batch[name] for name in TOKENS))
 
 
@@ -184,9 +180,7 @@ def sample_batch(policy, rows, num_responses, tokenizer, args):
     config = {"do_sample": True, "temperature": args.temperature, "top_k": 0, "top_p": 1.0}
     config |= {"max_new_tokens": args.response_length, "remove_invalid_values": True}
     config |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    policy.generation_config = transformers.GenerationConfig(
-        **config
-    )  # saved with it: it will sample as here
+    policy.generation_config = transformers.GenerationConfig(**config)  # saved too: it samples as here
     with autocast(args):
         ids = policy.generate(input_ids=prompt_ids, attention_mask=prompt_mask.long())
     ids = ids[:, prompt_ids.shape[1] :]  # (N, R)
@@ -254,14 +248,7 @@ def guard(main, args_class):
     with explained("cannot read the command line", "see --help"):
         parser = transformers.HfArgumentParser(args_class, allow_abbrev=False, exit_on_error=False)
         (args,) = parser.parse_args_into_dataclasses(look_for_args_file=False)
-    try:
-        main(args)
-    except torch.OutOfMemoryError:
-        require(False, "out of memory; lower batch sizes or lengths, or use --dtype bfloat16", 1)
-    except OSError as error:
-        require(False, f"{error}; mend that and run it again, training with --resume", 1)
-    except KeyboardInterrupt:
-        require(False, "interrupted; what was saved is kept", 130)
+    main(args)
 
 
 # ------------------------------------------------------------------------------------------------------ runs
@@ -394,9 +381,9 @@ def write_answers(known, meta, args):
 # ------------------------------------------------------------------------------------------------------ main
 def main(args):
     for name, value in vars(args).items():
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        least = 0 if name in MAY_BE_ZERO else 1e-12
-        require(not number or least <= value <= 1e9, f"--{name} {value} is out of range; give {least} to 1e9")
+        least = 0 if name in ("seed", "missing_eos_penalty") else 1e-9
+        good = type(value) not in (int, float) or least <= value <= 1e9
+        require(good, f"--{name} {value} is out of range; give a number from {least} to 1e9")
     start, (folders, recorded) = time.perf_counter(), find_runs(args)
     take_settings(recorded, args)
     if args.device == "auto":

@@ -69,10 +69,10 @@ class Args:
     num_responses: int = flag(2, "K, responses per prompt")
     epochs: int = flag(2, "passes over each rollout; 1 to 4")
     minibatch_size: int = flag(32, "prompts per optimizer step, each with all its responses")
-    micro_batch_size: int = flag(0, "prompts per forward pass: less memory, same gradient; 0: the minibatch")
+    micro_batch_size: int = flag(0, "prompts per forward pass: to save memory; 0: the minibatch")
     beta: float | None = flag(None, "weight of the KL to the SFT model in the token rewards")
     kl_target: float | None = flag(None, "nats per response: beta adapts to hold the KL there")
-    kl_horizon: float = flag(10000, "responses in which beta adapts, with --kl_target [KL]")
+    kl_horizon: float = flag(1000, "responses in which beta adapts, with --kl_target; 10000 in [KL]")
     gamma: float = flag(1.0, "discount per token")
     lam: float = flag(0.95, "of GAE: 1 is the Monte-Carlo return, 0 the TD error")
     policy_loss: Literal["clip", "penalty"] = flag("clip", "PPO-Clip or PPO-Penalty")
@@ -89,9 +89,7 @@ class Args:
     entropy_coef: float = flag(0.0, "weight of the entropy per token; studied in [Secrets], not in PPO-max")
     ptx_coef: float | None = flag(None, "PPO-ptx: weight of the demonstrations' log-likelihood per token")
     ptx_dataset: str = flag("data/toy/sft", "demonstrations of --ptx_coef: prompt, completion; see data.py")
-    reward_shift: float = flag(
-        0.0, "times a fixed normal offset per prompt, added to the scores but not in logs"
-    )
+    reward_shift: float = flag(0.0, "times a fixed normal offset per prompt, added to the scores")
     missing_eos_penalty: float = flag(1.0, "subtracted from the score of a response cut off without EOS")
     temperature: float = flag(1.0, "divides the logits, when sampling and in every log-prob")
     prompt_length: int = flag(32, "tokens; longer prompts are left out and counted")
@@ -100,7 +98,7 @@ class Args:
     eval_every: int = flag(20, "steps between evaluations on held-out prompts; 0: only before and after")
     eval_prompts: int = flag(256, "held-out prompts of an evaluation")
     save_every: int = flag(20, "steps between checkpoints; 0: only the last")
-    resume: bool = flag(False, "continue from the last checkpoint; only steps, save_every, device may change")
+    resume: bool = flag(False, "go on; steps, save_every, micro_batch_size, device may differ")
     overwrite: bool = flag(False, "replace the run in output_dir")
 
 
@@ -110,10 +108,6 @@ PRESETS = {  # what the flags become that were not given
     "ppo_max": {"beta": 0.05, "normalize_reward": True, "reward_clip": 0.8, "whiten_advantages": False}
     | {"critic_warmup_steps": 10, "ptx_coef": 0.05},
 }
-# All other numbers must be positive: check_args.
-MAY_BE_ZERO = """seed micro_batch_size beta penalty_coef lam value_clip_range reward_clip advantage_clip
-    entropy_coef critic_warmup_steps ptx_coef reward_shift missing_eos_penalty eval_every
-    save_every""".split()
 
 
 # ------------------------------------------------------------------------------------------- the mathematics
@@ -235,8 +229,11 @@ class RunningNormalizer:
 
 
 def adaptive_beta(beta, kl, target, horizon, n):
-    """beta (1 + clip(KL / target - 1, -0.2, 0.2) n / horizon) after n responses [KL]; kl, target in nats."""
-    return beta * (1 + min(max(kl / target - 1, -0.2), 0.2) * n / horizon)
+    """beta (1 + clip(KL / target - 1, -0.2, 0.2) n / horizon) after n responses [KL]; kl, target in nats.
+
+    n / horizon is held to at most 1, so that beta stays positive.
+    """
+    return beta * (1 + min(max(kl / target - 1, -0.2), 0.2) * min(n / horizon, 1))
 
 
 # -------------------------------------------------------------------------------------- tokens and log-probs
@@ -340,20 +337,20 @@ def load_tokenizer(name):
 
 def load_model(auto_class, name, tokenizer, args, may_miss=(), **options):
     """A decoder-only model in float32 and eval mode: no dropout, ever. may_miss: weights made afresh."""
-    with explained(f"cannot use {name!r} as a model", "name a decoder-only one, its folder or hub id"):
+    with explained(f"cannot use {name!r} as a model on --device {args.device}", "name a decoder-only one"):
         options |= {"dtype": torch.float32, "output_loading_info": True}
         model, info = auto_class.from_pretrained(name, **options)
         model = model.eval().to(args.device)
-        # A probe: hidden states of [1, 2, 0] alone and behind a pad agree, whatever follows; and the
-        # tokenizer's last id has an embedding.
-        ids = torch.tensor([[1, 2, 0, len(tokenizer) - 1], [0, 1, 2, 0]], device=args.device)
-        mask = torch.tensor([[True] * 4, [False, True, True, True]], device=args.device)
+        # A probe: the hidden states of a row are the same alone and behind a pad, whatever follows.
+        ids = [[1, 2, 0, tokenizer.eos_token_id], [tokenizer.pad_token_id, 1, 2, 0]]
+        ids, mask = torch.tensor([ids, [[1, 1, 1, 1], [0, 1, 1, 1]]], device=args.device)  # (2, 4) each
+        inputs = model_inputs(ids[:, :2], mask[:, :2], ids[:, 2:], mask[:, 2:])
         with torch.no_grad():
-            inputs = model_inputs(ids[:, :2], mask[:, :2], ids[:, 2:], mask[:, 2:])
             hidden = model.base_model(**inputs, use_cache=False).last_hidden_state  # (2, 4, D)
-        same = (hidden[0, :3] - hidden[1, 1:]).abs().max() <= 1e-3 * hidden.abs().max()
+        same = bool((hidden[0, :3] - hidden[1, 1:]).abs().max() <= 1e-3 * hidden.abs().max())
     require(same, f"{name!r} sees padding or later tokens, or is not finite; use a decoder-only model")
     whole = set(info["missing_keys"]) <= set(may_miss) and "score.weight" not in info["unexpected_keys"]
+    whole &= hasattr(model, "score") or "num_labels" not in options
     require(whole, f"{name!r} is not a whole {auto_class.__name__.removeprefix('AutoModelFor')}; name one")
     need = args.prompt_length + args.response_length
     most = getattr(model.config, "max_position_embeddings", None) or need
@@ -366,8 +363,7 @@ def load_reward(tokenizer, args):
     model = load_model(AutoModelForSequenceClassification, args.reward_model, tokenizer, args, num_labels=1)
     model.requires_grad_(False)
     same = load_tokenizer(args.reward_model).get_vocab() == tokenizer.get_vocab()
-    todo = "train one from this model, or see 'Your own reward' in README.md"
-    require(same, f"{args.reward_model!r} reads other tokens than the policy; {todo}")
+    require(same, f"{args.reward_model!r} has another tokenizer; see 'Your own reward' in README.md")
     return lambda batch: read_score(model, *(batch[name] for name in TOKENS))
 
 
@@ -395,9 +391,7 @@ def sample_batch(policy, rows, num_responses, tokenizer, args):
     config = {"do_sample": True, "temperature": args.temperature, "top_k": 0, "top_p": 1.0}
     config |= {"max_new_tokens": args.response_length, "remove_invalid_values": True}
     config |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    policy.generation_config = transformers.GenerationConfig(
-        **config
-    )  # saved with it: it will sample as here
+    policy.generation_config = transformers.GenerationConfig(**config)  # saved too: it samples as here
     with autocast(args):
         ids = policy.generate(input_ids=prompt_ids, attention_mask=prompt_mask.long())
     ids = ids[:, prompt_ids.shape[1] :]  # (N, R)
@@ -457,23 +451,21 @@ def batch_metrics(batch, num_responses, beta):
 
 
 def cost_metrics(batch, clock):
-    """Seconds by phase, from the clock around them; tokens per second; the GPU's peak memory."""
-    started, sampled, scored, updated = clock
-    seconds = {"seconds_rollout": sampled - started, "seconds_score": scored - sampled}
-    seconds |= {"seconds_update": updated - scored}
-    mask = batch["response_mask"]
-    peak = torch.cuda.max_memory_allocated(mask.device) / 1e9 if mask.is_cuda else 0.0
-    return seconds | {"tokens_per_second": mask.sum().item() / (updated - started), "peak_memory_gb": peak}
+    """Seconds of each phase, from the clock around them; tokens per second; the GPU's peak memory."""
+    phases = zip(("seconds_rollout", "seconds_score", "seconds_update"), clock, clock[1:])
+    metrics = {name: end - start for name, start, end in phases}
+    metrics["tokens_per_second"] = batch["response_mask"].sum().item() / (clock[-1] - clock[0])
+    return metrics | {"peak_memory_gb": torch.cuda.max_memory_allocated() / 1e9}
 
 
 def evaluate(step, models, held_out, tokenizer, args):
-    """eval_ metrics on held-out prompts, every time with the same seed; the texts go to samples.jsonl."""
+    """eval_ metrics on held-out prompts, always with the same seed. samples.jsonl: the latest responses."""
     torch.manual_seed(args.seed * 10**6)
     batch = sample_batch(models[0], held_out, 1, tokenizer, args)
     batch = score_batch(batch, models, args.micro_batch_size, args)
-    for i, score in enumerate(batch["score"].tolist()):
-        row = {"step": step, "prompt": batch["prompt"][i], "response": batch["response"][i], "reward": score}
-        append_jsonl(args, "samples.jsonl", row)
+    samples = zip(batch["prompt"], batch["response"], batch["score"].tolist())
+    rows = [{"step": step, "prompt": x, "response": y, "reward": r} for x, y, r in samples]
+    Path(args.output_dir, "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     metrics = {f"eval_{name}": value for name, value in batch_metrics(batch, 1, args.beta).items()}
     reached = f"reward {metrics['eval_reward']:.3f}, KL {metrics['eval_kl']:.2f} nats/response"
     tqdm.write(f"step {step}: {reached}, {metrics['eval_response_length']:.1f} tokens, on held-out prompts")
@@ -481,9 +473,7 @@ def evaluate(step, models, held_out, tokenizer, args):
 
 
 # ------------------------------------------------------------------------------- the run folder and failures
-MAY_CHANGE = "steps", "save_every", "device", "resume", "overwrite"  # on --resume
-INPUTS = "model", "reward_model", "dataset", "ptx_dataset"  # nothing may be written over them
-LOGS = "metrics.jsonl", "samples.jsonl"
+MAY_CHANGE = "steps", "save_every", "micro_batch_size", "device", "resume", "overwrite"  # on --resume
 stop_signals = []
 
 
@@ -505,55 +495,52 @@ def explained(wrong, todo, status=2):
         require(False, f"{wrong} ({reason}); {todo}", status)
 
 
-def check_args(args):
+def check_args(args, may_be_zero):
     """Numbers in range, an output folder that is free or holds a run to go on with; sets the device."""
     for name, value in vars(args).items():
-        least = 0 if name in MAY_BE_ZERO else 1e-12
-        in_range = isinstance(value, bool) or not isinstance(value, int | float) or least <= value <= 1e9
-        require(in_range, f"--{name} {value} is out of range; give a number from {least} to 1e9")
+        least = 0 if name in may_be_zero.split() else 1e-9
+        good = type(value) not in (int, float) or least <= value <= 1e9
+        require(good, f"--{name} {value} is out of range; give a number from {least} to 1e9")
+    args.device = args.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
     folder, todo = Path(args.output_dir), "choose another --output_dir"
-    is_run, is_used = (folder / "args.json").exists(), folder.is_file() or any(folder.glob("*"))
-    require(is_run or not is_used, f"{folder} holds files but no run; {todo}")
+    is_run = (folder / "args.json").exists()
+    require(is_run or not any(folder.glob("*")), f"{folder} holds files but no run; {todo}")
     require(is_run or not args.resume, f"{folder} holds no run; leave out --resume")
-    unclear = is_run and args.resume == args.overwrite
-    require(not unclear, f"{folder} holds a run; give either --resume or --overwrite, or {todo}")
-    for name in [name for name in INPUTS if getattr(args, name, None)]:
-        path = Path(getattr(args, name)).resolve()
-        inside = folder.resolve() in (path, *path.parents)
+    clear = not is_run or args.resume != args.overwrite
+    require(clear, f"{folder} holds a run; give either --resume or --overwrite, or {todo}")
+    for name in {"model", "reward_model", "dataset"} & set(vars(args)):
+        inside = Path(getattr(args, name)).resolve().is_relative_to(folder.resolve())
         require(not inside, f"--output_dir {folder} holds the input --{name}; {todo}")
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    with explained(f"cannot use --device {args.device}", "give auto, cpu or cuda"):
-        torch.zeros(1, device=args.device).item()
 
 
-def open_run(args):
-    """Makes the output folder, cuts the logs back to the checkpoint and takes over the signals.
+def open_run(args, parts):
+    """Makes the folder, or on --resume cuts its log back and loads the parts; takes over the signals.
 
-    Returns that checkpoint, {"step", "models", ...}, on --resume, else None.
+    parts: {name: what has a state_dict}. Returns the steps done and the metrics of the last, or 0 and {}.
     """
-    folder, path, checkpoint = Path(args.output_dir), Path(args.output_dir, "checkpoint.pt"), None
+    folder, path = Path(args.output_dir), Path(args.output_dir, "checkpoint.pt")
+    checkpoint = {"step": 0, "metrics": {}, "log_size": 0}
     if args.resume and path.exists():
         with explained(f"cannot read {path}", "start again with --overwrite"):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        for name, was in checkpoint["args"].items():
-            now, todo = getattr(args, name, None), f"on --resume only {', '.join(MAY_CHANGE)} may change"
-            require(was == now or name in MAY_CHANGE, f"--{name} was {was} and is now {now}; {todo}")
-        done = checkpoint["step"]  # stopped exactly here, the run would lack its last evaluation
-        whole = done == args.steps and any(name.startswith("eval_") for name in checkpoint["metrics"])
-        require(whole or done < args.steps, f"{folder} has done {done} of {args.steps} steps; raise --steps")
-    elif args.resume:
-        print(f"{folder} has no checkpoint: it begins at step 0", flush=True)
+        done, before = checkpoint["step"], checkpoint["args"]
+        for name, now in vars(args).items():
+            same, was = name in MAY_CHANGE or now == before.get(name), before.get(name)
+            require(same, f"--{name} was {was} and is now {now}; only {', '.join(MAY_CHANGE)} may change")
+        fits = done < args.steps or done == args.steps == before["steps"]
+        require(fits, f"{folder} has done {done} of {args.steps} steps; raise --steps")
+        for name, part in parts.items():
+            part.load_state_dict(checkpoint["parts"][name])
     with explained(f"cannot write to {folder}", "choose another --output_dir"):
         folder.mkdir(parents=True, exist_ok=True)
-        for name in ("checkpoint.pt", "config.json") if args.overwrite else ():
+        for name in ["checkpoint.pt", "config.json"] if args.overwrite else []:
             (folder / name).unlink(missing_ok=True)  # a model without config.json is not taken for this run's
         (folder / "args.json").write_text(json.dumps({"args": vars(args)}, indent=2))
-        for log in [folder / name for name in LOGS if (folder / name).exists()]:
-            os.truncate(log, checkpoint["log_sizes"].get(log.name, 0) if checkpoint else 0)
+        with open(folder / "metrics.jsonl", "a") as log:
+            log.truncate(checkpoint["log_size"])
     signal.signal(signal.SIGINT, on_signal)
     signal.signal(signal.SIGTERM, on_signal)
-    return checkpoint
+    return checkpoint["step"], checkpoint["metrics"]
 
 
 def on_signal(number, frame):
@@ -563,37 +550,25 @@ def on_signal(number, frame):
     print("stopping after this step, which will be saved", file=sys.stderr, flush=True)
 
 
-def append_jsonl(args, name, row):
-    with open(Path(args.output_dir, name), "a") as file:
-        file.write(json.dumps(row) + "\n")
+def end_step(args, step, metrics, parts, tokenizer):
+    """Logs a step; saves when due, after the last, or when a signal asks to stop, and then exits.
 
-
-def require_finite(metrics, step, args):
-    """Stops the run before a bad gradient reaches the weights."""
-    found = f"loss {metrics['loss']}, gradient norm {metrics['grad_norm']} at step {step}"
-    todo = f"lower --learning_rate in a new run; the last good checkpoint, if any, is in {args.output_dir}"
-    require(math.isfinite(metrics["loss"] + metrics["grad_norm"]), f"{found}; {todo}", 1)
-
-
-def end_step(args, step, metrics, models, tokenizer, state):
-    """Logs a finished step; saves when due, after the last, or when a signal asks to stop, and then exits.
-
-    models: {subfolder: model}, "" for the main one. state: what else --resume needs, tensors and values.
+    parts: as in open_run; the models among them are exported to the subfolders they are named by.
     """
-    append_jsonl(args, "metrics.jsonl", {"step": step} | metrics)
-    stop = list(stop_signals)  # once: a signal that comes after this line waits for the next step
-    if stop or step == args.steps or (args.save_every and step % args.save_every == 0):
-        folder, new = Path(args.output_dir), Path(args.output_dir, "checkpoint.pt.new")
-        state = state | {"step": step, "metrics": metrics, "args": vars(args)}
-        state["models"] = {name: model.state_dict() for name, model in models.items()}
-        logs = [folder / name for name in LOGS if (folder / name).exists()]
-        state["log_sizes"] = {log.name: log.stat().st_size for log in logs}
+    folder, stop = Path(args.output_dir), list(stop_signals)  # later signals wait for the next step
+    with open(folder / "metrics.jsonl", "a") as log:
+        log.write(json.dumps({"step": step} | metrics) + "\n")
+    due = args.save_every and step > 0 and step % args.save_every == 0
+    if due or stop or step == args.steps:
+        state = {"step": step, "metrics": metrics, "args": vars(args)}
+        state["log_size"] = (folder / "metrics.jsonl").stat().st_size
+        state["parts"] = {name: part.state_dict() for name, part in parts.items()}
         with explained(f"cannot save step {step}", "make room and --resume: the last checkpoint is whole", 1):
-            for name, model in models.items():
-                model.save_pretrained(folder / name)
+            for name in [x for x, part in parts.items() if isinstance(part, transformers.PreTrainedModel)]:
+                parts[name].save_pretrained(folder / name)
                 tokenizer.save_pretrained(folder / name)
-            torch.save(state, new)
-            os.replace(new, folder / "checkpoint.pt")  # last, so that where it is, the rest is whole
+            torch.save(state, folder / "checkpoint.pt.new")
+            os.replace(folder / "checkpoint.pt.new", folder / "checkpoint.pt")  # last: now the rest is whole
     if stop:
         print(f"stopped after step {step} of {args.steps} and saved; go on with --resume", file=sys.stderr)
         sys.exit(128 + stop[0])
@@ -608,21 +583,15 @@ def guard(main, args_class):
     with explained("cannot read the command line", "see --help"):
         parser = transformers.HfArgumentParser(args_class, allow_abbrev=False, exit_on_error=False)
         (args,) = parser.parse_args_into_dataclasses(look_for_args_file=False)
-    try:
-        main(args)
-    except torch.OutOfMemoryError:
-        require(False, "out of memory; lower batch sizes or lengths, or use --dtype bfloat16", 1)
-    except OSError as error:
-        require(False, f"{error}; mend that and run it again, training with --resume", 1)
-    except KeyboardInterrupt:
-        require(False, "interrupted; what was saved is kept", 130)
+    main(args)
 
 
 # ------------------------------------------------------------------------------------------------------ main
 def estimate_advantages(critic, batch, score, beta, args):
     """Adds value_old_tok, advantages and returns, (N, R), to the batch. Returns statistics over its tokens.
 
-    advantage_mean, advantage_std: before whitening. explained_variance: share of the returns' that V foresaw.
+    advantage_mean, advantage_std: before whitening. explained_variance: share that V foresaw of the variance
+    of the rewards still to come, discounted.
     """
     mask, size, values = batch["response_mask"], args.micro_batch_size * args.num_responses, []
     with torch.no_grad(), autocast(args):
@@ -631,7 +600,9 @@ def estimate_advantages(critic, batch, score, beta, args):
     value = torch.cat(values)  # (N, R)
     reward_tok = token_rewards(score, batch["logp_old_tok"], batch["logp_ref_tok"], mask, beta)
     advantages, returns = gae(reward_tok, value, mask, args.gamma, args.lam)
-    unexplained = masked_variance(returns - value, mask) / masked_variance(returns, mask).clamp(min=1e-12)
+    still_to_come = gae(reward_tok, value, mask, args.gamma, 1.0)[1]  # unlike the returns, free of V
+    variance = masked_variance(still_to_come, mask).clamp(min=1e-12)
+    unexplained = masked_variance(still_to_come - value, mask) / variance
     metrics = {"advantage_mean": masked_mean(advantages, mask), "explained_variance": 1 - unexplained}
     metrics["advantage_std"] = masked_variance(advantages, mask).sqrt()
     if args.whiten_advantages:
@@ -642,16 +613,13 @@ def estimate_advantages(critic, batch, score, beta, args):
     return {name: x.item() for name, x in metrics.items()}
 
 
-def losses(policy, critic, batch, rows, args):
+def losses(policy, critic, batch, rows, resting, args):
     """Loss of the policy, loss of the critic, and stats, all means over the tokens of these rows."""
-    tokens, mask, old = (
-        [batch[x][rows] for x in TOKENS],
-        batch["response_mask"][rows],
-        batch["logp_old_tok"][rows],
-    )
-    advantages, settings = batch["advantages"][rows], args.value_clip_range or None
+    tokens, settings = [batch[x][rows] for x in TOKENS], args.value_clip_range or None
+    mask, old, advantages = (batch[x][rows] for x in ("response_mask", "logp_old_tok", "advantages"))
     with autocast(args):
-        distributions = response_distributions(policy, *tokens, args.temperature)  # (n, R, V)
+        with torch.set_grad_enabled(not resting):
+            distributions = response_distributions(policy, *tokens, args.temperature)  # (n, R, V)
         value = read_values(critic, *tokens)
     new = distributions.gather(-1, tokens[2].unsqueeze(-1)).squeeze(-1)
     if args.policy_loss == "clip":
@@ -685,11 +653,12 @@ def update_models(models, optimizers, batch, minibatch, demonstrations, step, to
     Micro-batches weigh as much as they have tokens, so that they add up to the gradient of the minibatch.
     """
     K, total, largest = args.num_responses, defaultdict(float), 0.0
+    resting = step <= args.critic_warmup_steps  # critic pretraining: no gradient of the policy
     tokens = batch["response_mask"].unflatten(0, (-1, K))[minibatch].sum()
     for prompts in minibatch.split(args.micro_batch_size):
         rows = (prompts.unsqueeze(1) * K + torch.arange(K)).flatten()
         share = (batch["response_mask"][rows].sum() / tokens).item()
-        loss, critic_loss, stats = losses(*models, batch, rows, args)
+        loss, critic_loss, stats = losses(*models, batch, rows, resting, args)
         ((loss + critic_loss) * share).backward()
         largest = max(largest, stats["log_ratio_max"])
         for name, value in stats.items():
@@ -697,14 +666,15 @@ def update_models(models, optimizers, batch, minibatch, demonstrations, step, to
     total["log_ratio_max"] = largest
     if args.ptx_coef:
         examples = [demonstrations[row] for row in torch.randint(len(demonstrations), (len(minibatch),))]
-        total["ptx_logp"] = backward_demonstrations(models[0], examples, tokenizer, args)
+        if not resting:
+            total["ptx_logp"] = backward_demonstrations(models[0], examples, tokenizer, args)
     norms = [torch.nn.utils.clip_grad_norm_(m.parameters(), args.max_grad_norm).item() for m in models]
     total["grad_norm"], total["critic_grad_norm"] = norms
-    require_finite({"loss": total["loss"] + total["value_loss"], "grad_norm": sum(norms)}, step, args)
-    resting = step <= args.critic_warmup_steps
-    for optimizer in optimizers[1:] if resting else optimizers:
+    finite = math.isfinite(total["loss"] + total["value_loss"] + sum(norms))  # before it reaches the weights
+    todo = f"lower --learning_rate in a new run; the last checkpoint, if any, in {args.output_dir} is good"
+    require(finite, f"step {step} is not finite, {dict(total)}; {todo}", 1)
+    for optimizer in optimizers:  # where there is no gradient it leaves the weights alone
         optimizer.step()
-    for optimizer in optimizers:
         optimizer.zero_grad()
     return total
 
@@ -713,15 +683,15 @@ def main(args):
     for name, value in PRESETS[args.preset].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    check_args(args)
+    weights = "beta lam penalty_coef value_clip_range reward_clip advantage_clip entropy_coef ptx_coef"
+    others = (
+        "critic_warmup_steps reward_shift missing_eos_penalty seed micro_batch_size eval_every save_every"
+    )
+    check_args(args, f"{weights} {others}")
     B, K = args.prompts_per_step, args.num_responses
     args.micro_batch_size = args.micro_batch_size or args.minibatch_size
-    require(
-        B % args.minibatch_size == 0, f"--minibatch_size does not divide --prompts_per_step {B}; alter it"
-    )
-    require(
-        max(args.gamma, args.lam) <= 1, f"--gamma {args.gamma} or --lam {args.lam} is above 1; give 0 to 1"
-    )
+    require(B % args.minibatch_size == 0, "--minibatch_size does not divide --prompts_per_step; alter it")
+    require(args.gamma <= 1 and args.lam <= 1, "--gamma or --lam is above 1; give 0 to 1")
     both = args.normalize_reward and args.scale_reward
     require(not both, "--normalize_reward already scales; leave out --scale_reward")
     tokenizer = load_tokenizer(args.model)
@@ -739,17 +709,12 @@ def main(args):
     settings = {"betas": (0.9, 0.95), "eps": 1e-5, "weight_decay": 0.0}
     trained, rates = (policy, critic), (args.learning_rate, args.critic_learning_rate)
     optimizers = [torch.optim.AdamW(m.parameters(), lr, **settings) for m, lr in zip(trained, rates)]
-    checkpoint, start, done, beta = open_run(args), time.perf_counter(), 0, args.beta
-    if checkpoint:
-        done, metrics, beta = checkpoint["step"], checkpoint["metrics"], checkpoint["beta"]
-        policy.load_state_dict(checkpoint["models"][""])
-        critic.load_state_dict(checkpoint["models"]["critic"])
-        for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
-            optimizer.load_state_dict(state)
-        normalizer.load_state_dict(checkpoint["normalizer"])
-    else:
+    parts = {"": policy, "critic": critic, "optimizer": optimizers[0], "critic_optimizer": optimizers[1]}
+    parts, start = parts | {"normalizer": normalizer}, time.perf_counter()
+    done, metrics = open_run(args, parts)
+    if done == 0:
         metrics = evaluate(0, models, held_out, tokenizer, args)
-        append_jsonl(args, "metrics.jsonl", {"step": 0} | metrics)
+        end_step(args, 0, metrics, parts, tokenizer)
 
     bar = tqdm(range(done + 1, args.steps + 1), "ppo", args.steps, initial=done, disable=None)
     for step in bar:
@@ -763,6 +728,9 @@ def main(args):
         clock.append(time.perf_counter())
         # 2. Score them. Token rewards from the (normalised) scores and the KL; values; advantages, returns.
         batch = score_batch(batch, models, args.micro_batch_size * K, args)
+        beta = args.beta
+        if args.kl_target and step > 1:  # metrics: still of the step before
+            beta = adaptive_beta(metrics["beta"], metrics["kl_exact"], args.kl_target, args.kl_horizon, B * K)
         metrics = batch_metrics(batch, K, args.beta) | {"beta": beta}
         score = normalizer((batch["score"].view(B, K) + delta[numbers]).flatten())  # (N,)
         metrics |= estimate_advantages(critic, batch, score, beta, args)
@@ -774,10 +742,7 @@ def main(args):
                 settings = batch, minibatch, demonstrations, step, tokenizer, args
                 updates.append(update_models(trained, optimizers, *settings))
         clock.append(time.perf_counter())
-        # 4. Adapt beta to the KL of the rollout.
-        if args.kl_target:
-            beta = adaptive_beta(beta, metrics["kl"], args.kl_target, args.kl_horizon, B * K)
-        # 5. Log, evaluate, save; pi_old is now the policy just trained.
+        # 4. Log, evaluate, save; pi_old is now the policy just trained.
         metrics |= {name: sum(u[name] for u in updates) / len(updates) for name in updates[0]}
         metrics["log_ratio_max"] = max(u["log_ratio_max"] for u in updates)
         metrics["log_ratio_first"] = updates[0]["log_ratio_max"]  # 0 up to rounding: nothing was updated yet
@@ -785,9 +750,7 @@ def main(args):
         bar.set_postfix(reward=f"{metrics['reward']:.3f}", kl=f"{metrics['kl']:.2f}")
         if step == args.steps or (args.eval_every and step % args.eval_every == 0):
             metrics |= evaluate(step, models, held_out, tokenizer, args)
-        state = {"beta": beta, "normalizer": normalizer.state_dict()}
-        state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
-        end_step(args, step, metrics, {"": policy, "critic": critic}, tokenizer, state)
+        end_step(args, step, metrics, parts, tokenizer)
     reached = f"reward {metrics['eval_reward']:.3f} at KL {metrics['eval_kl']:.2f} nats/response"
     minutes = (time.perf_counter() - start) / 60
     print(f"{args.output_dir}: {reached} on held-out prompts; {args.steps} steps, {minutes:.1f} minutes")

@@ -39,9 +39,7 @@ def flag(default, text):
 @dataclass
 class Args:
     model: str = flag("data/toy/model", "hub name or folder; one without weights is initialised at random")
-    dataset: str = flag(
-        "data/toy/sft", "hub name or folder with text columns prompt, completion; see data.py"
-    )
+    dataset: str = flag("data/toy/sft", "hub name or folder: text columns prompt, completion; see data.py")
     output_dir: str = flag("out/sft", "folder of this run")
     seed: int = flag(0, "of initialisation, data order and samples")
     device: str = flag("auto", "auto (cuda when there is one), cpu, cuda, cuda:1, ...")
@@ -50,7 +48,7 @@ class Args:
     epochs: int = flag(2, "passes over the data")
     steps: int | None = flag(None, "optimizer steps instead of --epochs")
     minibatch_size: int = flag(32, "rows per optimizer step")
-    micro_batch_size: int = flag(0, "rows per forward pass: less memory, same gradient; 0: the minibatch")
+    micro_batch_size: int = flag(0, "rows per forward pass: to save memory; 0: the minibatch")
     temperature: float = flag(1.0, "of the printed samples")
     prompt_length: int = flag(32, "tokens; rows with longer prompts are left out and counted")
     response_length: int = flag(24, "tokens, EOS included; rows with longer completions are left out")
@@ -58,12 +56,8 @@ class Args:
     eval_every: int = flag(100, "steps between evaluations on held-out rows; 0: only before and after")
     eval_rows: int = flag(500, "held-out rows of an evaluation")
     save_every: int = flag(100, "steps between checkpoints; 0: only the last")
-    resume: bool = flag(False, "continue from the last checkpoint; only steps, save_every, device may change")
+    resume: bool = flag(False, "go on; steps, save_every, micro_batch_size, device may differ")
     overwrite: bool = flag(False, "replace the run in output_dir")
-
-
-# All other numbers must be positive: check_args.
-MAY_BE_ZERO = "seed micro_batch_size eval_every save_every".split()
 
 
 # ------------------------------------------------------------------------------------------- the mathematics
@@ -149,20 +143,20 @@ def load_tokenizer(name):
 
 def load_model(auto_class, name, tokenizer, args, may_miss=(), **options):
     """A decoder-only model in float32 and eval mode: no dropout, ever. may_miss: weights made afresh."""
-    with explained(f"cannot use {name!r} as a model", "name a decoder-only one, its folder or hub id"):
+    with explained(f"cannot use {name!r} as a model on --device {args.device}", "name a decoder-only one"):
         options |= {"dtype": torch.float32, "output_loading_info": True}
         model, info = auto_class.from_pretrained(name, **options)
         model = model.eval().to(args.device)
-        # A probe: hidden states of [1, 2, 0] alone and behind a pad agree, whatever follows; and the
-        # tokenizer's last id has an embedding.
-        ids = torch.tensor([[1, 2, 0, len(tokenizer) - 1], [0, 1, 2, 0]], device=args.device)
-        mask = torch.tensor([[True] * 4, [False, True, True, True]], device=args.device)
+        # A probe: the hidden states of a row are the same alone and behind a pad, whatever follows.
+        ids = [[1, 2, 0, tokenizer.eos_token_id], [tokenizer.pad_token_id, 1, 2, 0]]
+        ids, mask = torch.tensor([ids, [[1, 1, 1, 1], [0, 1, 1, 1]]], device=args.device)  # (2, 4) each
+        inputs = model_inputs(ids[:, :2], mask[:, :2], ids[:, 2:], mask[:, 2:])
         with torch.no_grad():
-            inputs = model_inputs(ids[:, :2], mask[:, :2], ids[:, 2:], mask[:, 2:])
             hidden = model.base_model(**inputs, use_cache=False).last_hidden_state  # (2, 4, D)
-        same = (hidden[0, :3] - hidden[1, 1:]).abs().max() <= 1e-3 * hidden.abs().max()
+        same = bool((hidden[0, :3] - hidden[1, 1:]).abs().max() <= 1e-3 * hidden.abs().max())
     require(same, f"{name!r} sees padding or later tokens, or is not finite; use a decoder-only model")
     whole = set(info["missing_keys"]) <= set(may_miss) and "score.weight" not in info["unexpected_keys"]
+    whole &= hasattr(model, "score") or "num_labels" not in options
     require(whole, f"{name!r} is not a whole {auto_class.__name__.removeprefix('AutoModelFor')}; name one")
     need = args.prompt_length + args.response_length
     most = getattr(model.config, "max_position_embeddings", None) or need
@@ -215,20 +209,17 @@ def held_out_perplexity(step, model, rows, tokenizer, args):
     return {"eval_loss": total / tokens, "eval_perplexity": perplexity}
 
 
-def write_samples(step, model, rows, tokenizer, args):
-    """Answers a few held-out prompts, prints them and adds them to samples.jsonl."""
+def print_samples(model, rows, tokenizer, args):
+    """Answers a few held-out prompts."""
     torch.manual_seed(args.seed * 10**6)
     ids, mask = pad([row["prompt_ids"] for row in rows], "left", tokenizer, args.device)
     answers = model.generate(input_ids=ids, attention_mask=mask.long())[:, ids.shape[1] :]
     for row, answer in zip(rows, tokenizer.batch_decode(answers, skip_special_tokens=True)):
-        append_jsonl(args, "samples.jsonl", {"step": step, "prompt": row["prompt"], "response": answer})
         print(f"  {row['prompt']!r} -> {answer!r}")  # repr: no text may drive the terminal
 
 
 # ------------------------------------------------------------------------------- the run folder and failures
-MAY_CHANGE = "steps", "save_every", "device", "resume", "overwrite"  # on --resume
-INPUTS = "model", "reward_model", "dataset", "ptx_dataset"  # nothing may be written over them
-LOGS = "metrics.jsonl", "samples.jsonl"
+MAY_CHANGE = "steps", "save_every", "micro_batch_size", "device", "resume", "overwrite"  # on --resume
 stop_signals = []
 
 
@@ -250,55 +241,52 @@ def explained(wrong, todo, status=2):
         require(False, f"{wrong} ({reason}); {todo}", status)
 
 
-def check_args(args):
+def check_args(args, may_be_zero):
     """Numbers in range, an output folder that is free or holds a run to go on with; sets the device."""
     for name, value in vars(args).items():
-        least = 0 if name in MAY_BE_ZERO else 1e-12
-        in_range = isinstance(value, bool) or not isinstance(value, int | float) or least <= value <= 1e9
-        require(in_range, f"--{name} {value} is out of range; give a number from {least} to 1e9")
+        least = 0 if name in may_be_zero.split() else 1e-9
+        good = type(value) not in (int, float) or least <= value <= 1e9
+        require(good, f"--{name} {value} is out of range; give a number from {least} to 1e9")
+    args.device = args.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
     folder, todo = Path(args.output_dir), "choose another --output_dir"
-    is_run, is_used = (folder / "args.json").exists(), folder.is_file() or any(folder.glob("*"))
-    require(is_run or not is_used, f"{folder} holds files but no run; {todo}")
+    is_run = (folder / "args.json").exists()
+    require(is_run or not any(folder.glob("*")), f"{folder} holds files but no run; {todo}")
     require(is_run or not args.resume, f"{folder} holds no run; leave out --resume")
-    unclear = is_run and args.resume == args.overwrite
-    require(not unclear, f"{folder} holds a run; give either --resume or --overwrite, or {todo}")
-    for name in [name for name in INPUTS if getattr(args, name, None)]:
-        path = Path(getattr(args, name)).resolve()
-        inside = folder.resolve() in (path, *path.parents)
+    clear = not is_run or args.resume != args.overwrite
+    require(clear, f"{folder} holds a run; give either --resume or --overwrite, or {todo}")
+    for name in {"model", "reward_model", "dataset"} & set(vars(args)):
+        inside = Path(getattr(args, name)).resolve().is_relative_to(folder.resolve())
         require(not inside, f"--output_dir {folder} holds the input --{name}; {todo}")
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    with explained(f"cannot use --device {args.device}", "give auto, cpu or cuda"):
-        torch.zeros(1, device=args.device).item()
 
 
-def open_run(args):
-    """Makes the output folder, cuts the logs back to the checkpoint and takes over the signals.
+def open_run(args, parts):
+    """Makes the folder, or on --resume cuts its log back and loads the parts; takes over the signals.
 
-    Returns that checkpoint, {"step", "models", ...}, on --resume, else None.
+    parts: {name: what has a state_dict}. Returns the steps done and the metrics of the last, or 0 and {}.
     """
-    folder, path, checkpoint = Path(args.output_dir), Path(args.output_dir, "checkpoint.pt"), None
+    folder, path = Path(args.output_dir), Path(args.output_dir, "checkpoint.pt")
+    checkpoint = {"step": 0, "metrics": {}, "log_size": 0}
     if args.resume and path.exists():
         with explained(f"cannot read {path}", "start again with --overwrite"):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        for name, was in checkpoint["args"].items():
-            now, todo = getattr(args, name, None), f"on --resume only {', '.join(MAY_CHANGE)} may change"
-            require(was == now or name in MAY_CHANGE, f"--{name} was {was} and is now {now}; {todo}")
-        done = checkpoint["step"]  # stopped exactly here, the run would lack its last evaluation
-        whole = done == args.steps and any(name.startswith("eval_") for name in checkpoint["metrics"])
-        require(whole or done < args.steps, f"{folder} has done {done} of {args.steps} steps; raise --steps")
-    elif args.resume:
-        print(f"{folder} has no checkpoint: it begins at step 0", flush=True)
+        done, before = checkpoint["step"], checkpoint["args"]
+        for name, now in vars(args).items():
+            same, was = name in MAY_CHANGE or now == before.get(name), before.get(name)
+            require(same, f"--{name} was {was} and is now {now}; only {', '.join(MAY_CHANGE)} may change")
+        fits = done < args.steps or done == args.steps == before["steps"]
+        require(fits, f"{folder} has done {done} of {args.steps} steps; raise --steps")
+        for name, part in parts.items():
+            part.load_state_dict(checkpoint["parts"][name])
     with explained(f"cannot write to {folder}", "choose another --output_dir"):
         folder.mkdir(parents=True, exist_ok=True)
-        for name in ("checkpoint.pt", "config.json") if args.overwrite else ():
+        for name in ["checkpoint.pt", "config.json"] if args.overwrite else []:
             (folder / name).unlink(missing_ok=True)  # a model without config.json is not taken for this run's
         (folder / "args.json").write_text(json.dumps({"args": vars(args)}, indent=2))
-        for log in [folder / name for name in LOGS if (folder / name).exists()]:
-            os.truncate(log, checkpoint["log_sizes"].get(log.name, 0) if checkpoint else 0)
+        with open(folder / "metrics.jsonl", "a") as log:
+            log.truncate(checkpoint["log_size"])
     signal.signal(signal.SIGINT, on_signal)
     signal.signal(signal.SIGTERM, on_signal)
-    return checkpoint
+    return checkpoint["step"], checkpoint["metrics"]
 
 
 def on_signal(number, frame):
@@ -308,37 +296,25 @@ def on_signal(number, frame):
     print("stopping after this step, which will be saved", file=sys.stderr, flush=True)
 
 
-def append_jsonl(args, name, row):
-    with open(Path(args.output_dir, name), "a") as file:
-        file.write(json.dumps(row) + "\n")
+def end_step(args, step, metrics, parts, tokenizer):
+    """Logs a step; saves when due, after the last, or when a signal asks to stop, and then exits.
 
-
-def require_finite(metrics, step, args):
-    """Stops the run before a bad gradient reaches the weights."""
-    found = f"loss {metrics['loss']}, gradient norm {metrics['grad_norm']} at step {step}"
-    todo = f"lower --learning_rate in a new run; the last good checkpoint, if any, is in {args.output_dir}"
-    require(math.isfinite(metrics["loss"] + metrics["grad_norm"]), f"{found}; {todo}", 1)
-
-
-def end_step(args, step, metrics, models, tokenizer, state):
-    """Logs a finished step; saves when due, after the last, or when a signal asks to stop, and then exits.
-
-    models: {subfolder: model}, "" for the main one. state: what else --resume needs, tensors and values.
+    parts: as in open_run; the models among them are exported to the subfolders they are named by.
     """
-    append_jsonl(args, "metrics.jsonl", {"step": step} | metrics)
-    stop = list(stop_signals)  # once: a signal that comes after this line waits for the next step
-    if stop or step == args.steps or (args.save_every and step % args.save_every == 0):
-        folder, new = Path(args.output_dir), Path(args.output_dir, "checkpoint.pt.new")
-        state = state | {"step": step, "metrics": metrics, "args": vars(args)}
-        state["models"] = {name: model.state_dict() for name, model in models.items()}
-        logs = [folder / name for name in LOGS if (folder / name).exists()]
-        state["log_sizes"] = {log.name: log.stat().st_size for log in logs}
+    folder, stop = Path(args.output_dir), list(stop_signals)  # later signals wait for the next step
+    with open(folder / "metrics.jsonl", "a") as log:
+        log.write(json.dumps({"step": step} | metrics) + "\n")
+    due = args.save_every and step > 0 and step % args.save_every == 0
+    if due or stop or step == args.steps:
+        state = {"step": step, "metrics": metrics, "args": vars(args)}
+        state["log_size"] = (folder / "metrics.jsonl").stat().st_size
+        state["parts"] = {name: part.state_dict() for name, part in parts.items()}
         with explained(f"cannot save step {step}", "make room and --resume: the last checkpoint is whole", 1):
-            for name, model in models.items():
-                model.save_pretrained(folder / name)
+            for name in [x for x, part in parts.items() if isinstance(part, transformers.PreTrainedModel)]:
+                parts[name].save_pretrained(folder / name)
                 tokenizer.save_pretrained(folder / name)
-            torch.save(state, new)
-            os.replace(new, folder / "checkpoint.pt")  # last, so that where it is, the rest is whole
+            torch.save(state, folder / "checkpoint.pt.new")
+            os.replace(folder / "checkpoint.pt.new", folder / "checkpoint.pt")  # last: now the rest is whole
     if stop:
         print(f"stopped after step {step} of {args.steps} and saved; go on with --resume", file=sys.stderr)
         sys.exit(128 + stop[0])
@@ -353,14 +329,7 @@ def guard(main, args_class):
     with explained("cannot read the command line", "see --help"):
         parser = transformers.HfArgumentParser(args_class, allow_abbrev=False, exit_on_error=False)
         (args,) = parser.parse_args_into_dataclasses(look_for_args_file=False)
-    try:
-        main(args)
-    except torch.OutOfMemoryError:
-        require(False, "out of memory; lower batch sizes or lengths, or use --dtype bfloat16", 1)
-    except OSError as error:
-        require(False, f"{error}; mend that and run it again, training with --resume", 1)
-    except KeyboardInterrupt:
-        require(False, "interrupted; what was saved is kept", 130)
+    main(args)
 
 
 # ------------------------------------------------------------------------------------------------------ main
@@ -373,7 +342,9 @@ def update_on_rows(model, optimizer, rows, step, tokenizer, args):
         (loss * tokens / total).backward()  # a mean over the tokens of the whole minibatch
         metrics["loss"] += loss.item() * tokens / total
     metrics["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm).item()
-    require_finite(metrics, step, args)
+    finite = math.isfinite(metrics["loss"] + metrics["grad_norm"])  # before it reaches the weights
+    todo = f"lower --learning_rate in a new run; the last checkpoint, if any, in {args.output_dir} is good"
+    require(finite, f"step {step} is not finite, {dict(metrics)}; {todo}", 1)
     optimizer.param_groups[0]["lr"] = args.learning_rate * lr_share(step, args.steps)
     optimizer.step()
     optimizer.zero_grad()
@@ -382,33 +353,28 @@ def update_on_rows(model, optimizer, rows, step, tokenizer, args):
 
 
 def main(args):
-    check_args(args)
+    check_args(args, "seed micro_batch_size eval_every save_every")
     args.micro_batch_size = args.micro_batch_size or args.minibatch_size
     tokenizer = load_tokenizer(args.model)
     record = Path(args.dataset, "data.json")  # of data.py
     if record.exists():
         tokenizer.eos_token = json.loads(record.read_text())["eos_token"]
     train = read_rows(args.dataset, ["train"], ["completion"], tokenizer, args)
-    held_out = read_rows(
-        args.dataset, ["validation", "test"], ["completion"], tokenizer, args, args.eval_rows
-    )
+    splits = ["validation", "test"]
+    held_out = read_rows(args.dataset, splits, ["completion"], tokenizer, args, args.eval_rows)
     args.steps = args.steps or math.ceil(args.epochs * len(train) / args.minibatch_size)
     model = load_or_create_model(tokenizer, args)
     config = {"do_sample": True, "temperature": args.temperature, "top_k": 0, "top_p": 1.0}
     config |= {"max_new_tokens": args.response_length, "remove_invalid_values": True}
     config |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    model.generation_config = transformers.GenerationConfig(
-        **config
-    )  # saved with it: it ends where it learnt to
+    model.generation_config = transformers.GenerationConfig(**config)  # saved too: it ends as it learnt to
+    model.config.eos_token_id = tokenizer.eos_token_id
     optimizer = torch.optim.AdamW(model.parameters(), args.learning_rate, weight_decay=0.0)
-    checkpoint, start, done = open_run(args), time.perf_counter(), 0
-    if checkpoint:
-        done, metrics = checkpoint["step"], checkpoint["metrics"]
-        model.load_state_dict(checkpoint["models"][""])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-    else:
+    parts, start = {"": model, "optimizer": optimizer}, time.perf_counter()
+    done, metrics = open_run(args, parts)
+    if done == 0:
         metrics = held_out_perplexity(0, model, held_out, tokenizer, args)
-        append_jsonl(args, "metrics.jsonl", {"step": 0} | metrics)
+        end_step(args, 0, metrics, parts, tokenizer)
 
     bar = tqdm(range(done + 1, args.steps + 1), "sft", args.steps, initial=done, disable=None)
     for step in bar:
@@ -420,8 +386,8 @@ def main(args):
         if step == args.steps or (args.eval_every and step % args.eval_every == 0):
             metrics |= held_out_perplexity(step, model, held_out, tokenizer, args)
         if step == args.steps:
-            write_samples(step, model, held_out[:3], tokenizer, args)
-        end_step(args, step, metrics, {"": model}, tokenizer, {"optimizer": optimizer.state_dict()})
+            print_samples(model, held_out[:3], tokenizer, args)
+        end_step(args, step, metrics, parts, tokenizer)
     reached = f"perplexity {metrics['eval_perplexity']:.2f} on {len(held_out)} held-out rows"
     minutes = (time.perf_counter() - start) / 60
     print(f"{args.output_dir}: {reached}; {args.steps} steps, {minutes:.1f} minutes")

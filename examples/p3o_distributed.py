@@ -47,7 +47,7 @@ def main(args):
     if args.device == "auto" and torch.cuda.is_available():
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(args.device)
-    p3o.check_args(args)
+    p3o.check_args(args, "seed micro_batch_size beta missing_eos_penalty eval_every save_every reward_shift")
     B, K, divides = args.prompts_per_step, args.num_responses, args.minibatch_size % world == 0
     p3o.require(K >= 2, "--num_responses is 1; give 2 or more")
     p3o.require(divides, f"{world} processes do not divide --minibatch_size; use other numbers")
@@ -62,8 +62,9 @@ def main(args):
     parallel = DistributedDataParallel(policy)  # averages the gradients of the processes in backward (3)
     settings = {"lr": args.learning_rate, "betas": (0.9, 0.95), "eps": 1e-5, "weight_decay": 0.0}
     optimizer = torch.optim.AdamW(policy.parameters(), **settings)
+    parts = {"": policy, "optimizer": optimizer}
     if rank == 0:
-        p3o.open_run(args)
+        p3o.open_run(args, parts)
 
     for step in range(1, args.steps + 1):
         torch.manual_seed(args.seed * 10**6 + step + rank * 10**5)  # (1)
@@ -87,8 +88,7 @@ def main(args):
         metrics["log_ratio_first"] = updates[0]["log_ratio_max"]
         metrics = mean_over_processes(metrics, args.device)
         if rank == 0:  # (4)
-            state = {"optimizer": optimizer.state_dict()}
-            p3o.end_step(args, step, metrics, {"": policy}, tokenizer, state)
+            p3o.end_step(args, step, metrics, parts, tokenizer)
             reached = f"reward {metrics['reward']:.3f}, KL {metrics['kl']:.2f} nats/response"
             print(f"step {step}: {reached}", flush=True)
     dist.barrier()

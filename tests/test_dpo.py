@@ -377,17 +377,18 @@ def test_a_run_keeps_its_promises_and_resumes_bit_for_bit(mode, chain, tmp_path,
     assert any(not torch.equal(p, q) for p, q in zip(policy.parameters(), start.parameters()))
 
 
-def test_held_out_prompts_and_first_samples_are_the_same_in_both_modes(chain, tmp_path, monkeypatch):
-    """The first rows of the validation split, and the answers that the SFT model gives to them."""
+def test_held_out_prompts_and_first_rewards_are_the_same_in_both_modes(chain, tmp_path, monkeypatch):
+    """The first rows of the validation split, and the rewards that the SFT model gets on them."""
     flags = flags_of("offline", chain, tmp_path)
-    samples = []
+    samples, rewards = [], []
     for mode in ([], ONLINE):
-        train(chain, tmp_path / f"run{len(samples)}", monkeypatch, "--steps", 1, *flags, *mode)
-        lines = (tmp_path / f"run{len(samples)}" / "samples.jsonl").read_text().splitlines()
-        samples.append([json.loads(line) for line in lines][:12])
+        folder = tmp_path / f"run{len(samples)}"
+        rewards.append(train(chain, folder, monkeypatch, "--steps", 1, *flags, *mode)[0]["eval_reward"])
+        samples.append([json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()])
     rows = (tmp_path / "preferences/validation.jsonl").read_text().splitlines()[:12]
-    assert [row["prompt"] for row in samples[0]] == [json.loads(line)["prompt"] for line in rows]
-    assert samples[0] == samples[1]
+    prompts = [json.loads(line)["prompt"] for line in rows]
+    assert all([row["prompt"] for row in run] == prompts for run in samples)
+    assert rewards[0] == rewards[1]
 
 
 def test_online_learns_from_the_order_of_the_scores_alone(chain, tmp_path, monkeypatch):

@@ -21,12 +21,10 @@ def read(folder, name):
 
 def gain(folder, steps):
     """Mean reward on the held-out prompts after the run less that before, in standard errors."""
-    rewards = {0: [], steps: []}
-    for sample in read(folder, "samples.jsonl"):
-        rewards[sample["step"]].append(sample["reward"])
-    before, after = rewards.values()
-    error = (statistics.variance(before) / len(before) + statistics.variance(after) / len(after)) ** 0.5
-    return (statistics.mean(after) - statistics.mean(before)) / error
+    before, after = (read(folder, "metrics.jsonl")[step]["eval_reward"] for step in (0, steps))
+    rewards = [sample["reward"] for sample in read(folder, "samples.jsonl")]  # after the run
+    assert statistics.mean(rewards) == pytest.approx(after, rel=1e-5)
+    return (after - before) / (2 * statistics.variance(rewards) / len(rewards)) ** 0.5
 
 
 def test_the_chain_learns(chain, p3o_run):

@@ -636,12 +636,13 @@ BERT = BertConfig(vocab_size=VOCAB, num_labels=1, hidden_size=32, num_hidden_lay
 
 
 def test_other_models_are_refused_in_one_line(tmp_path, capsys):
-    """Bidirectional, not finite, too small a vocabulary or too few positions, and each kind where the other belongs."""
+    """Bidirectional, not finite, without an embedding for EOS, too short, and each kind where the other belongs."""
     lm, scorer = make("gpt2", 1, torch.float32), make("gpt2", 2, torch.float32, num_labels=1)
     nan = make("gpt2", 1, torch.float32)
     nan.transformer.h[0].mlp.c_fc.weight.data[0, 0] = math.nan
     models = {"lm": lm, "scorer": scorer, "nan": nan, "bert": BertLMHeadModel(BERT)}
-    models |= {"small": make("gpt2", 1, vocab_size=VOCAB - 1), "berts": BertForSequenceClassification(BERT)}
+    models |= {"small": make("gpt2", 1, vocab_size=1), "unused": make("gpt2", 1, vocab_size=VOCAB - 1)}
+    models |= {"berts": BertForSequenceClassification(BERT)}
     folders = {name: saved(model, tmp_path / name) for name, model in models.items()}
     cases = [
         ("bert", 0, 24, "sees padding or later tokens"),
@@ -661,3 +662,4 @@ def test_other_models_are_refused_in_one_line(tmp_path, capsys):
         assert stop.value.code == 2 and printed.startswith("error: ") and message in printed, printed
     args = p3o.Args(device="cpu", response_length=32)
     assert p3o.load_model(AutoModelForCausalLM, folders["lm"], words(), args), "just fits"
+    assert p3o.load_model(AutoModelForCausalLM, folders["unused"], words(), args), "a token that is not used"

@@ -134,8 +134,12 @@ def test_a_folder_without_weights_is_initialised_at_random_and_says_so(tmp_path,
         assert "holds no weights: initialised at random, 0.01M parameters" in capsys.readouterr().out
     assert first["one"] == first["same"] != first["other"]
     metrics = train(tmp_path / "on", monkeypatch, rows, model=str(tmp_path / "one"), steps=2)
-    assert "at random" not in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "at random" not in printed
     last = (tmp_path / "one/metrics.jsonl").read_text().splitlines()[-1]
     assert metrics[0]["eval_loss"] == pytest.approx(json.loads(last)["eval_loss"], rel=1e-6)
-    samples = [json.loads(line) for line in (tmp_path / "on/samples.jsonl").read_text().splitlines()]
-    assert [sample["prompt"] for sample in samples] == ["w2 w3", "w3 w3", "w4 w3"]
+    assert [line.split(" -> ")[0] for line in printed.splitlines() if " -> " in line] == [
+        "  'w2 w3'",
+        "  'w3 w3'",
+        "  'w4 w3'",
+    ]
