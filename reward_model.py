@@ -56,7 +56,7 @@ class Args:
     prompt_length: int = flag(32, "tokens; rows with longer prompts are left out and counted")
     response_length: int = flag(24, "tokens, EOS included; rows with longer responses are left out")
     max_grad_norm: float = flag(1.0, "global gradient-norm clip")
-    eval_every: int = flag(50, "steps between evaluations on held-out pairs; 0: only before and after")
+    eval_every: int = flag(125, "steps between evaluations on held-out pairs; 0: only before and after")
     eval_rows: int = flag(1000, "held-out pairs of an evaluation")
     save_every: int = flag(100, "steps between checkpoints; 0: only the last")
     resume: bool = flag(False, "go on; steps, save_every, micro_batch_size, device may differ")
