@@ -459,13 +459,13 @@ def cost_metrics(batch, clock):
 
 
 def evaluate(step, models, held_out, tokenizer, args):
-    """eval_ metrics on held-out prompts, always with the same seed. samples.jsonl: the latest responses."""
+    """eval_ metrics on held-out prompts, always with the same seed; the texts go to samples_STEP.jsonl."""
     torch.manual_seed(args.seed * 10**6)
     batch = sample_batch(models[0], held_out, 1, tokenizer, args)
     batch = score_batch(batch, models, args.micro_batch_size, args)
     samples = zip(batch["prompt"], batch["response"], batch["score"].tolist())
     rows = [{"step": step, "prompt": x, "response": y, "reward": r} for x, y, r in samples]
-    Path(args.output_dir, "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Path(args.output_dir, f"samples_{step}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     metrics = {f"eval_{name}": value for name, value in batch_metrics(batch, 1, args.beta).items()}
     reached = f"reward {metrics['eval_reward']:.3f}, KL {metrics['eval_kl']:.2f} nats/response"
     tqdm.write(f"step {step}: {reached}, {metrics['eval_response_length']:.1f} tokens, on held-out prompts")
@@ -533,8 +533,9 @@ def open_run(args, parts):
             part.load_state_dict(checkpoint["parts"][name])
     with explained(f"cannot write to {folder}", "choose another --output_dir"):
         folder.mkdir(parents=True, exist_ok=True)
-        for name in ["checkpoint.pt", "config.json"] if args.overwrite else []:
-            (folder / name).unlink(missing_ok=True)  # a model without config.json is not taken for this run's
+        old = [path, folder / "config.json", *folder.glob("samples_*.jsonl")] if args.overwrite else []
+        for file in old:  # a model without config.json is not taken for this run's
+            file.unlink(missing_ok=True)
         (folder / "args.json").write_text(json.dumps({"args": vars(args)}, indent=2))
         with open(folder / "metrics.jsonl", "a") as log:
             log.truncate(checkpoint["log_size"])

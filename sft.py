@@ -279,8 +279,9 @@ def open_run(args, parts):
             part.load_state_dict(checkpoint["parts"][name])
     with explained(f"cannot write to {folder}", "choose another --output_dir"):
         folder.mkdir(parents=True, exist_ok=True)
-        for name in ["checkpoint.pt", "config.json"] if args.overwrite else []:
-            (folder / name).unlink(missing_ok=True)  # a model without config.json is not taken for this run's
+        old = [path, folder / "config.json", *folder.glob("samples_*.jsonl")] if args.overwrite else []
+        for file in old:  # a model without config.json is not taken for this run's
+            file.unlink(missing_ok=True)
         (folder / "args.json").write_text(json.dumps({"args": vars(args)}, indent=2))
         with open(folder / "metrics.jsonl", "a") as log:
             log.truncate(checkpoint["log_size"])

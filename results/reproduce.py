@@ -53,16 +53,24 @@ METHODS = {  # name: script, its flags, color (Okabe and Ito, for every kind of 
     "ppo-max": ("ppo.py", {"preset": "ppo_max", "learning_rate": 1e-3}, "#56B4E9"),
     "dpo": ("dpo.py", {}, "#CC79A7"),
     "online-dpo": ("dpo.py", {"online": True}, "#009E73"),
-    "ppo-unwhitened": ("ppo.py", {"whiten_advantages": False}, "#555555"),  # equivalence only
+    # variants, for one question each
+    "ppo-unwhitened": ("ppo.py", {"whiten_advantages": False}, "#555555"),
+    "ppo-values-unclipped": ("ppo.py", {"value_clip_range": 0.0}, "#332288"),
+    "ppo-lam1": ("ppo.py", {"lam": 1.0}, "#44AA99"),
+    "ppo-no-critic": ("ppo.py", {"lam": 1.0, "critic_init": "sft", "critic_learning_rate": 1e-9}, "#999933"),
+    "p3o-v2-norm-unclipped": ("p3o.py", {"max_grad_norm": 1000.0}, "#882255"),
+    "p3o-weighted": ("p3o.py", {"clip_range": 1e9}, "#AA4499"),  # importance weights, no clip
 }
-COMPARED = [name for name in METHODS if name != "ppo-unwhitened"]
+COMPARED = list(METHODS)[:7]
+TUNED = list(METHODS)[:8]
 SHORT = {"reward_shift": "shift", "num_responses": "K", "epochs": "epochs", "learning_rate": "lr"}  # in names
 BETA = p3o.Args().beta
 PROMPTS, RESPONSES, POOLED, BATCHES = 128, 16, 32, 100  # POOLED: responses per policy that draw the optimum
 MATCHED_KL = 0.5, 1.0, 2.0, 3.0
 RATES = 1e-4, 3e-4, 1e-3  # the learning rates tried, the same for every method; one more where the best was
 WIDER = {"dpo": 3e-5, "online-dpo": 3e-5, "ppo-max": 3e-3}  # the lowest or the highest of them
-SEEDS = {"frontier": 5, "head_to_head": 5, "equivalence": 5, "responses": 3, "overoptimisation": 2}  # else 1
+SEEDS = {"frontier": 5, "head_to_head": 5, "equivalence": 5, "critic": 5, "overoptimisation": 5}
+SEEDS |= {"responses": 3, "staleness": 3}  # else 1
 SHIFTS = 0, 1, 4, 16  # times the spread of the reward among the responses to a prompt
 PAPER = {("p3o-v2", "ppo"): "57.0", ("p3o-v2", "sft"): "69.3", ("dpo", "p3o-v2"): "45.4"}  # GPT-4, HH, 6B
 T975 = 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262  # Student's t for 1, 2, ... degrees
@@ -126,13 +134,21 @@ def make_run(method, beta, seed, steps=None, **extra):
     return run | {"script": script, "flags": flags}
 
 
+def shift_by_place(run, shift):
+    """The run with offsets by place in its reward; with offsets of 0 it is the run itself."""
+    if not shift:
+        return run
+    name = run["name"].replace("_seed", f"_place{shift:g}_seed")
+    return run | {"name": name, "script": f"results/shift_by_place.py {run['script']} {shift:g}"}
+
+
 def plan(experiment, args):
     """The runs an experiment reports, with the labels that it groups them by."""
     seeds, steps = range(1, (args.seeds or SEEDS.get(experiment, 1)) + 1), args.steps
     if experiment == "tuning":
         return [
             make_run(m, BETA, 0, steps, learning_rate=rate) | {"learning rate": f"{rate:g}"}
-            for m in METHODS
+            for m in TUNED
             for rate in sorted({*RATES, WIDER.get(m, RATES[0])})
         ]
     many = {"frontier": COMPARED, "head_to_head": COMPARED}.get(experiment)
@@ -142,12 +158,23 @@ def plan(experiment, args):
     if experiment == "equivalence":
         spread = (read_log(args, "sft") or {}).get("reward_spread")
         shifts = [(f, float(f"{f * spread:.2g}")) for f in SHIFTS] if spread else []
-        return [
-            make_run(m, BETA, seed, steps, reward_shift=shift) | {"times": f, "shift": f"{shift:g}"}
+        methods = "p3o-v2", "ppo", "ppo-max", "ppo-unwhitened", "ppo-values-unclipped"
+        runs = [
+            make_run(m, BETA, seed, steps, reward_shift=shift) | {"offsets": "noise", "times": f}
             for seed in seeds
-            for m in ("p3o-v2", "ppo", "ppo-max", "ppo-unwhitened")
+            for m in methods
             for f, shift in shifts
         ]
+        runs += [
+            shift_by_place(make_run(m, BETA, seed, steps), shift) | {"offsets": "by place", "times": f}
+            for seed in seeds
+            for m in ("p3o-v2", "ppo", "ppo-values-unclipped")
+            for f, shift in shifts
+        ]
+        return runs
+    if experiment == "critic":
+        methods = "ppo", "ppo-lam1", "p3o-v2", "p3o-v2-norm-unclipped", "ppo-no-critic"
+        return [make_run(m, BETA, seed, steps) for seed in seeds for m in methods]
     if experiment == "overoptimisation":
         small, methods = float(f"{0.1 * BETA:.2g}"), ("p3o-v2", "ppo", "dpo", "online-dpo")
         return [make_run(m, small, seed, steps, eval_every=10) for seed in seeds for m in methods]
@@ -164,7 +191,7 @@ def plan(experiment, args):
         return [
             make_run(m, BETA, seed, steps, epochs=epochs) | {"epochs": epochs}
             for seed in seeds
-            for m in ("p3o-v2", "p3o-v1", "ppg")
+            for m in ("p3o-v2", "p3o-v1", "p3o-weighted", "ppg")
             for epochs in (1, 2, 4, 8)
         ]
     return [make_run(m, BETA, 1, steps) for m in ("p3o-v2", "ppo")]  # variance: a policy and a critic
@@ -172,7 +199,7 @@ def plan(experiment, args):
 
 def call(script, flags, folder, *more):
     """Runs a script, one thread, continuing what was interrupted. Its last line, None if it failed."""
-    command = [sys.executable, str(ROOT / script), "--output_dir", str(folder), *more]
+    command = [sys.executable, *script.split(), "--output_dir", str(folder), *more]
     command += [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     command += ["--resume"] if Path(folder, "args.json").exists() and script != "toy.py" else []
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -284,19 +311,24 @@ def measures(rows):
 
 def read_curve(folder):
     """The evaluations of a training run, the updates since the one before, and its minutes."""
-    rows, gold = ([json.loads(x) for x in open(folder / f"{f}.jsonl")] for f in ("metrics", "samples"))
-    by_step, curve, since = {}, [], []
-    for sample in gold:
-        by_step.setdefault(sample["step"], []).append(gold_reward(sample["prompt"], sample["response"]))
+    rows, curve, since = [json.loads(line) for line in open(folder / "metrics.jsonl")], [], []
     for row in rows:
         since.append(row)
         if "eval_reward" in row:
             names = "step", "eval_reward", "eval_kl_exact", "eval_response_length", "eval_eos_rate"
             point = {name: row[name] for name in names}
-            point["eval_gold"] = statistics.fmean(by_step[row["step"]])
+            texts = [json.loads(line) for line in open(folder / f"samples_{row['step']}.jsonl")]
+            gold = [gold_reward(x["prompt"], x["response"]) for x in texts]
+            point["eval_gold"] = statistics.fmean(gold)
+            point |= {
+                "eval_gold_even": statistics.fmean(gold[::2]),
+                "eval_gold_odd": statistics.fmean(gold[1::2]),
+            }
             for name, reduce in (("clip_fraction", statistics.fmean), ("log_ratio_max", max)):
                 values = [row[name] for row in since if name in row]
                 point |= {name: reduce(values)} if values else {}
+            norms = [row["grad_norm"] for row in since if "grad_norm" in row]
+            point |= {"grad_norm_min": min(norms), "grad_norm_max": max(norms)} if norms else {}
             curve.append({name: round(value, 5) for name, value in point.items()})
             since = []
     minutes = sum(v for row in rows for k, v in row.items() if k.startswith("seconds_")) / 60

@@ -302,7 +302,7 @@ def test_identical_responses_give_no_gradient():
 
 SMALL = ["--minibatch_size", 8, "--micro_batch_size", 4, "--eval_prompts", 12, "--save_every", 2]
 ONLINE = ["--online", "--prompts_per_step", 8, "--epochs", 1]
-FILES = {"args.json", "checkpoint.pt", "config.json", "metrics.jsonl", "model.safetensors", "samples.jsonl"}
+FILES = {"args.json", "checkpoint.pt", "config.json", "metrics.jsonl", "model.safetensors", "samples_0.jsonl"}
 PAIR_METRICS = {"accuracy", "margin", "implicit_reward_chosen", "implicit_reward_rejected", "logp_chosen"}
 PAIR_METRICS |= {"logp_rejected", "loss", "grad_norm", "seconds_score", "seconds_update", "tokens_per_second"}
 ROLLOUT_METRICS = {"reward", "objective", "kl", "kl_exact", "entropy", "perplexity", "response_length"}
@@ -368,7 +368,7 @@ def test_a_run_keeps_its_promises_and_resumes_bit_for_bit(mode, chain, tmp_path,
         train(chain, halves, monkeypatch, "--steps", 4, *flags)
     resumed = train(chain, halves, monkeypatch, "--steps", 4, "--resume", *flags)
     assert (halves / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
-    assert (halves / "samples.jsonl").read_bytes() == (whole / "samples.jsonl").read_bytes()
+    assert (halves / "samples_4.jsonl").read_bytes() == (whole / "samples_4.jsonl").read_bytes()
     for a, b in zip(rows, resumed, strict=True):
         assert a.keys() == b.keys() and all(a[name] == b[name] for name in a.keys() - COSTS)
 
@@ -377,18 +377,17 @@ def test_a_run_keeps_its_promises_and_resumes_bit_for_bit(mode, chain, tmp_path,
     assert any(not torch.equal(p, q) for p, q in zip(policy.parameters(), start.parameters()))
 
 
-def test_held_out_prompts_and_first_rewards_are_the_same_in_both_modes(chain, tmp_path, monkeypatch):
-    """The first rows of the validation split, and the rewards that the SFT model gets on them."""
+def test_held_out_prompts_and_first_samples_are_the_same_in_both_modes(chain, tmp_path, monkeypatch):
+    """The first rows of the validation split, and the answers that the SFT model gives to them."""
     flags = flags_of("offline", chain, tmp_path)
-    samples, rewards = [], []
+    samples = []
     for mode in ([], ONLINE):
         folder = tmp_path / f"run{len(samples)}"
-        rewards.append(train(chain, folder, monkeypatch, "--steps", 1, *flags, *mode)[0]["eval_reward"])
-        samples.append([json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()])
+        train(chain, folder, monkeypatch, "--steps", 1, *flags, *mode)
+        samples.append([json.loads(line) for line in (folder / "samples_0.jsonl").read_text().splitlines()])
     rows = (tmp_path / "preferences/validation.jsonl").read_text().splitlines()[:12]
-    prompts = [json.loads(line)["prompt"] for line in rows]
-    assert all([row["prompt"] for row in run] == prompts for run in samples)
-    assert rewards[0] == rewards[1]
+    assert [row["prompt"] for row in samples[0]] == [json.loads(line)["prompt"] for line in rows]
+    assert samples[0] == samples[1]
 
 
 def test_online_learns_from_the_order_of_the_scores_alone(chain, tmp_path, monkeypatch):

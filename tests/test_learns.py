@@ -22,9 +22,9 @@ def read(folder, name):
 def gain(folder, steps):
     """Mean reward on the held-out prompts after the run less that before, in standard errors."""
     before, after = (read(folder, "metrics.jsonl")[step]["eval_reward"] for step in (0, steps))
-    rewards = [sample["reward"] for sample in read(folder, "samples.jsonl")]  # after the run
-    assert statistics.mean(rewards) == pytest.approx(after, rel=1e-5)
-    return (after - before) / (2 * statistics.variance(rewards) / len(rewards)) ** 0.5
+    rewards = [[row["reward"] for row in read(folder, f"samples_{step}.jsonl")] for step in (0, steps)]
+    assert [statistics.mean(x) for x in rewards] == pytest.approx([before, after], rel=1e-5)
+    return (after - before) / sum(statistics.variance(x) / len(x) for x in rewards) ** 0.5
 
 
 def test_the_chain_learns(chain, p3o_run):

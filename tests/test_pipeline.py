@@ -94,8 +94,8 @@ def test_what_a_run_leaves(p3o_run):
     assert all(set(row) == {"step", *METRICS} for row in rows[1:6])
     assert all(math.isfinite(value) for row in rows for value in row.values())
     assert rows[0]["eval_kl"] == 0 and all(row["log_ratio_first"] < 1e-4 for row in rows[1:])
-    samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
-    assert [sample["step"] for sample in samples] == [6] * 64, "those of the latest evaluation"
+    samples = [json.loads(line) for line in (folder / "samples_6.jsonl").read_text().splitlines()]
+    assert [sample["step"] for sample in samples] == [6] * 64
     assert all(set(sample) == {"step", "prompt", "response", "reward"} for sample in samples)
     mean = sum(sample["reward"] for sample in samples) / 64
     assert rows[6]["eval_reward"] == pytest.approx(mean, rel=1e-6)

@@ -105,7 +105,7 @@ def test_your_own_reward(chain, tmp_path):
     command = [sys.executable, "own.py", *flags]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    rows = (tmp_path / "out/p3o-own-reward/samples.jsonl").read_text().splitlines()
+    rows = (tmp_path / "out/p3o-own-reward/samples_1.jsonl").read_text().splitlines()
     assert len(rows) == 8
     for row in map(json.loads, rows):
         words = row["response"].split()

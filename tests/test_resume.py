@@ -284,7 +284,7 @@ def assert_same_runs(run, expected, mine=()):
     assert run.weights() == expected.weights()
     assert run.steps() == list(range(STEPS + 1)), "gaps or repeats"
     assert [timeless(row) for row in run.rows()] == [timeless(row) for row in expected.rows()]
-    for path in expected.folder.glob("samples.jsonl"):
+    for path in expected.folder.glob("samples_*.jsonl"):
         assert (run.folder / path.name).read_bytes() == path.read_bytes()
     files = [{str(p.relative_to(r.folder)) for p in r.folder.rglob("*")} for r in (run, expected)]
     assert files[0] - {"mine"} == files[1] | set(mine)
@@ -356,7 +356,7 @@ def test_what_a_kill_may_leave_is_swept_up(undisturbed, new_run):
     assert run.checkpoint()["step"] == run.steps()[-1] == 4
     with open(run.folder / "metrics.jsonl", "a") as file:
         file.write('{"step": 5, "loss": 0.1}\n{"step": 6, "lo')
-    for name in ("checkpoint.pt.new", "samples.jsonl", "model.safetensors", "config.json", "args.json"):
+    for name in ("checkpoint.pt.new", "samples_5.jsonl", "model.safetensors", "config.json", "args.json"):
         (run.folder / name).write_bytes(b"{half")
     add_mine(run)
     run.arguments["steps"] = 4  # it would end here without its last evaluation
