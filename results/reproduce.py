@@ -437,7 +437,8 @@ class Logs:
         runs = plan(experiment, args)
         self.logs = {run["name"]: read_log(args, run["name"], run["flags"]) for run in runs}
         self.missing = [name for name, log in self.logs.items() if not log]
-        needed = ["sft"] if experiment in ("tuning", "equivalence", "head_to_head") else ["sft", "optimum"]
+        alone = experiment in ("tuning", "equivalence", "critic", "head_to_head")
+        needed = ["sft"] if alone else ["sft", "optimum"]
         self.missing += [name for name in needed if not getattr(self, name)]
         self.base = {name: statistics.fmean(x) for name, x in self.sft["prompts"].items()} if self.sft else {}
         self.points = [self.point(run) for run in runs if self.logs[run["name"]]] if self.sft else []
@@ -450,7 +451,9 @@ class Logs:
         point |= {name: means[name] for name in ("kl", "length", "eos")}
         point["objective"] = gain - run["beta"] * means["kl"]
         point["efficiency"] = gain / best if best and means["kl"] > 1e-6 else None
-        for name, reduce in (("clip_fraction", statistics.fmean), ("log_ratio_max", max)):
+        reducers = {"clip_fraction": statistics.fmean, "log_ratio_max": max}
+        reducers |= {"grad_norm_min": min, "grad_norm_max": max}
+        for name, reduce in reducers.items():
             values = [row[name] for row in log["curve"] if name in row]
             point[name] = reduce(values) if values else None
         return point
@@ -525,27 +528,48 @@ def equivalence(logs):
     times: the offsets' standard deviation over that of the reward among SFT responses to a prompt.
     Objective: gain less beta KL. The last table is about the rewards as they are, unshifted."""
     first = {(p["method"], p["seed"]): p for p in logs.points if not p["times"]}
-    values = "gain", "gold_gain", "kl", "objective", "length", "eos"
-    rows = group(logs.points, ("method", "times", "shift"), values)
+    values, keys = ("gain", "gold_gain", "kl", "objective", "length", "eos"), ("method", "offsets", "times")
+    rows = group(logs.points, keys, values)
     for row in rows:
-        own = [p for p in logs.points if (p["method"], p["times"]) == (row["method"], row["times"])]
+        own = [p for p in logs.points if all(str(p[key]) == str(row[key]) for key in keys)]
         pairs = [(p, first[p["method"], p["seed"]]) for p in own if (p["method"], p["seed"]) in first]
         same = [p["log"]["sha256"] == unshifted["log"]["sha256"] for p, unshifted in pairs]
         row |= stat("objective lost", [u["objective"] - p["objective"] for p, u in pairs])
         row["identical weights"] = f"{sum(same)} of {len(same)}"
-    p3o_v2 = {(p["times"], p["seed"]): p["objective"] for p in logs.points if p["method"] == "p3o-v2"}
+    p3o_v2 = {p["seed"]: p["objective"] for p in logs.points if p["method"] == "p3o-v2" and not p["times"]}
     ahead = [
-        p | {"p3o-v2 minus": p["method"], "difference": p3o_v2[p["times"], p["seed"]] - p["objective"]}
+        p | {"p3o-v2 minus": p["method"], "difference": p3o_v2[p["seed"]] - p["objective"]}
         for p in logs.points
-        if p["method"] != "p3o-v2" and (p["times"], p["seed"]) in p3o_v2
+        if p["method"] != "p3o-v2" and p["seed"] in p3o_v2
     ]
-    titles = {"gain": "gain", "kl": "KL, nats", "length": "tokens per response"}
+    titles = {kind: f"gain - beta KL, offsets: {kind}" for kind in ("noise", "by place")}
+    drawn = [
+        row | {row["offsets"] + end: row[f"objective{end}"] for end in ("", "_low", "_high")} for row in rows
+    ]
+    drawn = [dict.fromkeys(titles) | row for row in drawn]
     tables = {
         "shifted": rows,
-        "objective, seed by seed": group(ahead, ("p3o-v2 minus", "times"), ("difference",)),
+        "objective, seed by seed": group(ahead, ("p3o-v2 minus", "offsets", "times"), ("difference",)),
         "between prompts": offsets(logs.sft) if logs.sft else [],
     }
-    return tables, draw_lines(rows, "times", titles, "offsets over the reward's spread")
+    return tables, draw_lines(drawn, "times", titles, "offsets over the reward's spread")
+
+
+def critic(logs):
+    """Without offsets PPO is ahead of P3O. Is it the critic?
+
+    ppo-lam1: no bias for less noise. ppo-no-critic: lam = 1 too, and values that stay 0. Norm: of gradients,
+    a step's mean, before the clip at 1; p3o-v2-norm-unclipped clips at 1000. Minus ppo: seed by seed."""
+    ppo = {p["seed"]: p["objective"] for p in logs.points if p["method"] == "ppo"}
+    points = [
+        p
+        | {"minus ppo": p["objective"] - ppo[p["seed"]] if p["seed"] in ppo else None}
+        | {f"norm, {name}": p[f"grad_norm_{name[:3]}"] for name in ("minimum", "maximum")}
+        for p in logs.points
+    ]
+    values = "objective", "minus ppo", "gain", "kl", "norm, minimum", "norm, maximum"
+    rows = group(points, ("method",), values)
+    return {"critic": rows}, draw_dots(rows, "objective", "gain - beta KL")
 
 
 def offsets(log):
@@ -660,7 +684,10 @@ def variance(logs):
 
 EXPERIMENTS = {
     f.__name__: f
-    for f in (tuning, frontier, equivalence, overoptimisation, head_to_head, responses, staleness, variance)
+    for f in (
+        *(tuning, frontier, head_to_head, critic, equivalence, overoptimisation),
+        *(responses, staleness, variance),
+    )
 }
 
 
@@ -801,6 +828,17 @@ def draw_lines(rows, x, titles, label, bottom=-math.inf):
         axis.set_title(title, loc="left", fontsize=11.5)
         axis.set_xlabel(label)
     axes[0].legend(fontsize=9)
+    return figure
+
+
+def draw_dots(rows, value, title):
+    """A value and its interval for each method, one below the other."""
+    figure, axes = panels(1, 6.4, 0.9 + 0.42 * len(rows))
+    for place, row in enumerate(reversed(rows)):
+        bars(axes[0], row | {"place": place}, value, "place")
+    axes[0].set_yticks(range(len(rows)), [row["method"] for row in reversed(rows)])
+    axes[0].set_ylim(-0.5, len(rows) - 0.5)
+    axes[0].set_xlabel(title)
     return figure
 
 
