@@ -53,24 +53,16 @@ METHODS = {  # name: script, its flags, color (Okabe and Ito, for every kind of 
     "ppo-max": ("ppo.py", {"preset": "ppo_max", "learning_rate": 1e-3}, "#56B4E9"),
     "dpo": ("dpo.py", {}, "#CC79A7"),
     "online-dpo": ("dpo.py", {"online": True}, "#009E73"),
-    # variants, for one question each
-    "ppo-unwhitened": ("ppo.py", {"whiten_advantages": False}, "#555555"),
-    "ppo-values-unclipped": ("ppo.py", {"value_clip_range": 0.0}, "#332288"),
-    "ppo-lam1": ("ppo.py", {"lam": 1.0}, "#44AA99"),
-    "ppo-no-critic": ("ppo.py", {"lam": 1.0, "critic_init": "sft", "critic_learning_rate": 1e-9}, "#999933"),
-    "p3o-v2-norm-unclipped": ("p3o.py", {"max_grad_norm": 1000.0}, "#882255"),
-    "p3o-weighted": ("p3o.py", {"clip_range": 1e9}, "#AA4499"),  # importance weights, no clip
+    "ppo-unwhitened": ("ppo.py", {"whiten_advantages": False}, "#555555"),  # equivalence only
 }
-COMPARED = list(METHODS)[:7]
-TUNED = list(METHODS)[:8]
+COMPARED = [name for name in METHODS if name != "ppo-unwhitened"]
 SHORT = {"reward_shift": "shift", "num_responses": "K", "epochs": "epochs", "learning_rate": "lr"}  # in names
 BETA = p3o.Args().beta
 PROMPTS, RESPONSES, POOLED, BATCHES = 128, 16, 32, 100  # POOLED: responses per policy that draw the optimum
 MATCHED_KL = 0.5, 1.0, 2.0, 3.0
 RATES = 1e-4, 3e-4, 1e-3  # the learning rates tried, the same for every method; one more where the best was
 WIDER = {"dpo": 3e-5, "online-dpo": 3e-5, "ppo-max": 3e-3}  # the lowest or the highest of them
-SEEDS = {"frontier": 5, "head_to_head": 5, "equivalence": 5, "critic": 5, "overoptimisation": 5}
-SEEDS |= {"responses": 3, "staleness": 3}  # else 1
+SEEDS = {"frontier": 5, "head_to_head": 5, "equivalence": 5, "responses": 3, "overoptimisation": 2}  # else 1
 SHIFTS = 0, 1, 4, 16  # times the spread of the reward among the responses to a prompt
 PAPER = {("p3o-v2", "ppo"): "57.0", ("p3o-v2", "sft"): "69.3", ("dpo", "p3o-v2"): "45.4"}  # GPT-4, HH, 6B
 T975 = 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262  # Student's t for 1, 2, ... degrees
@@ -134,21 +126,13 @@ def make_run(method, beta, seed, steps=None, **extra):
     return run | {"script": script, "flags": flags}
 
 
-def shift_by_place(run, shift):
-    """The run with offsets by place in its reward; with offsets of 0 it is the run itself."""
-    if not shift:
-        return run
-    name = run["name"].replace("_seed", f"_place{shift:g}_seed")
-    return run | {"name": name, "script": f"results/shift_by_place.py {run['script']} {shift:g}"}
-
-
 def plan(experiment, args):
     """The runs an experiment reports, with the labels that it groups them by."""
     seeds, steps = range(1, (args.seeds or SEEDS.get(experiment, 1)) + 1), args.steps
     if experiment == "tuning":
         return [
             make_run(m, BETA, 0, steps, learning_rate=rate) | {"learning rate": f"{rate:g}"}
-            for m in TUNED
+            for m in METHODS
             for rate in sorted({*RATES, WIDER.get(m, RATES[0])})
         ]
     many = {"frontier": COMPARED, "head_to_head": COMPARED}.get(experiment)
@@ -158,23 +142,12 @@ def plan(experiment, args):
     if experiment == "equivalence":
         spread = (read_log(args, "sft") or {}).get("reward_spread")
         shifts = [(f, float(f"{f * spread:.2g}")) for f in SHIFTS] if spread else []
-        methods = "p3o-v2", "ppo", "ppo-max", "ppo-unwhitened", "ppo-values-unclipped"
-        runs = [
-            make_run(m, BETA, seed, steps, reward_shift=shift) | {"offsets": "noise", "times": f}
+        return [
+            make_run(m, BETA, seed, steps, reward_shift=shift) | {"times": f, "shift": f"{shift:g}"}
             for seed in seeds
-            for m in methods
+            for m in ("p3o-v2", "ppo", "ppo-max", "ppo-unwhitened")
             for f, shift in shifts
         ]
-        runs += [
-            shift_by_place(make_run(m, BETA, seed, steps), shift) | {"offsets": "by place", "times": f}
-            for seed in seeds
-            for m in ("p3o-v2", "ppo", "ppo-values-unclipped")
-            for f, shift in shifts
-        ]
-        return runs
-    if experiment == "critic":
-        methods = "ppo", "ppo-lam1", "p3o-v2", "p3o-v2-norm-unclipped", "ppo-no-critic"
-        return [make_run(m, BETA, seed, steps) for seed in seeds for m in methods]
     if experiment == "overoptimisation":
         small, methods = float(f"{0.1 * BETA:.2g}"), ("p3o-v2", "ppo", "dpo", "online-dpo")
         return [make_run(m, small, seed, steps, eval_every=10) for seed in seeds for m in methods]
@@ -191,7 +164,7 @@ def plan(experiment, args):
         return [
             make_run(m, BETA, seed, steps, epochs=epochs) | {"epochs": epochs}
             for seed in seeds
-            for m in ("p3o-v2", "p3o-v1", "p3o-weighted", "ppg")
+            for m in ("p3o-v2", "p3o-v1", "ppg")
             for epochs in (1, 2, 4, 8)
         ]
     return [make_run(m, BETA, 1, steps) for m in ("p3o-v2", "ppo")]  # variance: a policy and a critic
@@ -199,7 +172,7 @@ def plan(experiment, args):
 
 def call(script, flags, folder, *more):
     """Runs a script, one thread, continuing what was interrupted. Its last line, None if it failed."""
-    command = [sys.executable, *script.split(), "--output_dir", str(folder), *more]
+    command = [sys.executable, str(ROOT / script), "--output_dir", str(folder), *more]
     command += [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     command += ["--resume"] if Path(folder, "args.json").exists() and script != "toy.py" else []
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -318,17 +291,10 @@ def read_curve(folder):
             names = "step", "eval_reward", "eval_kl_exact", "eval_response_length", "eval_eos_rate"
             point = {name: row[name] for name in names}
             texts = [json.loads(line) for line in open(folder / f"samples_{row['step']}.jsonl")]
-            gold = [gold_reward(x["prompt"], x["response"]) for x in texts]
-            point["eval_gold"] = statistics.fmean(gold)
-            point |= {
-                "eval_gold_even": statistics.fmean(gold[::2]),
-                "eval_gold_odd": statistics.fmean(gold[1::2]),
-            }
+            point["eval_gold"] = statistics.fmean(gold_reward(x["prompt"], x["response"]) for x in texts)
             for name, reduce in (("clip_fraction", statistics.fmean), ("log_ratio_max", max)):
                 values = [row[name] for row in since if name in row]
                 point |= {name: reduce(values)} if values else {}
-            norms = [row["grad_norm"] for row in since if "grad_norm" in row]
-            point |= {"grad_norm_min": min(norms), "grad_norm_max": max(norms)} if norms else {}
             curve.append({name: round(value, 5) for name, value in point.items()})
             since = []
     minutes = sum(v for row in rows for k, v in row.items() if k.startswith("seconds_")) / 60
@@ -437,8 +403,7 @@ class Logs:
         runs = plan(experiment, args)
         self.logs = {run["name"]: read_log(args, run["name"], run["flags"]) for run in runs}
         self.missing = [name for name, log in self.logs.items() if not log]
-        alone = experiment in ("tuning", "equivalence", "critic", "head_to_head")
-        needed = ["sft"] if alone else ["sft", "optimum"]
+        needed = ["sft"] if experiment in ("tuning", "equivalence", "head_to_head") else ["sft", "optimum"]
         self.missing += [name for name in needed if not getattr(self, name)]
         self.base = {name: statistics.fmean(x) for name, x in self.sft["prompts"].items()} if self.sft else {}
         self.points = [self.point(run) for run in runs if self.logs[run["name"]]] if self.sft else []
@@ -451,9 +416,7 @@ class Logs:
         point |= {name: means[name] for name in ("kl", "length", "eos")}
         point["objective"] = gain - run["beta"] * means["kl"]
         point["efficiency"] = gain / best if best and means["kl"] > 1e-6 else None
-        reducers = {"clip_fraction": statistics.fmean, "log_ratio_max": max}
-        reducers |= {"grad_norm_min": min, "grad_norm_max": max}
-        for name, reduce in reducers.items():
+        for name, reduce in (("clip_fraction", statistics.fmean), ("log_ratio_max", max)):
             values = [row[name] for row in log["curve"] if name in row]
             point[name] = reduce(values) if values else None
         return point
@@ -528,48 +491,27 @@ def equivalence(logs):
     times: the offsets' standard deviation over that of the reward among SFT responses to a prompt.
     Objective: gain less beta KL. The last table is about the rewards as they are, unshifted."""
     first = {(p["method"], p["seed"]): p for p in logs.points if not p["times"]}
-    values, keys = ("gain", "gold_gain", "kl", "objective", "length", "eos"), ("method", "offsets", "times")
-    rows = group(logs.points, keys, values)
+    values = "gain", "gold_gain", "kl", "objective", "length", "eos"
+    rows = group(logs.points, ("method", "times", "shift"), values)
     for row in rows:
-        own = [p for p in logs.points if all(str(p[key]) == str(row[key]) for key in keys)]
+        own = [p for p in logs.points if (p["method"], p["times"]) == (row["method"], row["times"])]
         pairs = [(p, first[p["method"], p["seed"]]) for p in own if (p["method"], p["seed"]) in first]
         same = [p["log"]["sha256"] == unshifted["log"]["sha256"] for p, unshifted in pairs]
         row |= stat("objective lost", [u["objective"] - p["objective"] for p, u in pairs])
         row["identical weights"] = f"{sum(same)} of {len(same)}"
-    p3o_v2 = {p["seed"]: p["objective"] for p in logs.points if p["method"] == "p3o-v2" and not p["times"]}
+    p3o_v2 = {(p["times"], p["seed"]): p["objective"] for p in logs.points if p["method"] == "p3o-v2"}
     ahead = [
-        p | {"p3o-v2 minus": p["method"], "difference": p3o_v2[p["seed"]] - p["objective"]}
+        p | {"p3o-v2 minus": p["method"], "difference": p3o_v2[p["times"], p["seed"]] - p["objective"]}
         for p in logs.points
-        if p["method"] != "p3o-v2" and p["seed"] in p3o_v2
+        if p["method"] != "p3o-v2" and (p["times"], p["seed"]) in p3o_v2
     ]
-    titles = {kind: f"gain - beta KL, offsets: {kind}" for kind in ("noise", "by place")}
-    drawn = [
-        row | {row["offsets"] + end: row[f"objective{end}"] for end in ("", "_low", "_high")} for row in rows
-    ]
-    drawn = [dict.fromkeys(titles) | row for row in drawn]
+    titles = {"gain": "gain", "kl": "KL, nats", "length": "tokens per response"}
     tables = {
         "shifted": rows,
-        "objective, seed by seed": group(ahead, ("p3o-v2 minus", "offsets", "times"), ("difference",)),
+        "objective, seed by seed": group(ahead, ("p3o-v2 minus", "times"), ("difference",)),
         "between prompts": offsets(logs.sft) if logs.sft else [],
     }
-    return tables, draw_lines(drawn, "times", titles, "offsets over the reward's spread")
-
-
-def critic(logs):
-    """Without offsets PPO is ahead of P3O. Is it the critic?
-
-    ppo-lam1: no bias for less noise. ppo-no-critic: lam = 1 too, and values that stay 0. Norm: of gradients,
-    a step's mean, before the clip at 1; p3o-v2-norm-unclipped clips at 1000. Minus ppo: seed by seed."""
-    ppo = {p["seed"]: p["objective"] for p in logs.points if p["method"] == "ppo"}
-    points = [
-        p
-        | {"minus ppo": p["objective"] - ppo[p["seed"]] if p["seed"] in ppo else None}
-        | {f"norm, {name}": p[f"grad_norm_{name[:3]}"] for name in ("minimum", "maximum")}
-        for p in logs.points
-    ]
-    values = "objective", "minus ppo", "gain", "kl", "norm, minimum", "norm, maximum"
-    rows = group(points, ("method",), values)
-    return {"critic": rows}, draw_dots(rows, "objective", "gain - beta KL")
+    return tables, draw_lines(rows, "times", titles, "offsets over the reward's spread")
 
 
 def offsets(log):
@@ -684,10 +626,7 @@ def variance(logs):
 
 EXPERIMENTS = {
     f.__name__: f
-    for f in (
-        *(tuning, frontier, head_to_head, critic, equivalence, overoptimisation),
-        *(responses, staleness, variance),
-    )
+    for f in (tuning, frontier, equivalence, overoptimisation, head_to_head, responses, staleness, variance)
 }
 
 
@@ -828,17 +767,6 @@ def draw_lines(rows, x, titles, label, bottom=-math.inf):
         axis.set_title(title, loc="left", fontsize=11.5)
         axis.set_xlabel(label)
     axes[0].legend(fontsize=9)
-    return figure
-
-
-def draw_dots(rows, value, title):
-    """A value and its interval for each method, one below the other."""
-    figure, axes = panels(1, 6.4, 0.9 + 0.42 * len(rows))
-    for place, row in enumerate(reversed(rows)):
-        bars(axes[0], row | {"place": place}, value, "place")
-    axes[0].set_yticks(range(len(rows)), [row["method"] for row in reversed(rows)])
-    axes[0].set_ylim(-0.5, len(rows) - 0.5)
-    axes[0].set_xlabel(title)
     return figure
 
 
