@@ -120,7 +120,7 @@ def read_prompts(name, splits, tokenizer, args, limit=None):
     rows = [row for row in rows if 0 < len(row["prompt_ids"]) <= args.prompt_length]
     used = f"{name} [{split}]: {len(rows)} of {len(texts)} prompts are within --prompt_length"
     require(len(rows) > LEAST_SHARE * len(texts), f"{used} {args.prompt_length}; raise it")
-    print(used, flush=True)
+    print(used if 2 * len(rows) > len(texts) else f"warning: only {used}", flush=True)
     return rows[:limit]
 
 
@@ -136,7 +136,8 @@ def load_tokenizer(name):
 
 def load_model(auto_class, name, tokenizer, args, may_miss=(), **options):
     """A decoder-only model in float32 and eval mode: no dropout, ever. may_miss: weights made afresh."""
-    with explained(f"cannot use {name!r} as a model on --device {args.device}", "name a decoder-only one"):
+    todo = "name a decoder-only one, with an embedding for every token in use"
+    with explained(f"cannot use {name!r} as a model on --device {args.device}", todo):
         options |= {"dtype": torch.float32, "output_loading_info": True}
         model, info = auto_class.from_pretrained(name, **options)
         model = model.eval().to(args.device)
@@ -381,9 +382,11 @@ def write_answers(known, meta, args):
 # ------------------------------------------------------------------------------------------------------ main
 def main(args):
     for name, value in vars(args).items():
-        least = 0 if name in ("seed", "missing_eos_penalty") else 1e-9
-        good = type(value) not in (int, float) or least <= value <= 1e9
-        require(good, f"--{name} {value} is out of range; give a number from {least} to 1e9")
+        zero = name in ("seed", "missing_eos_penalty")
+        good = type(value) not in (int, float) or 0 < value <= 1e9 or (value == 0 and zero)
+        require(
+            good, f"--{name} {value} is out of range; give {'0 or more' if zero else 'more than 0'}, to 1e9"
+        )
     start, (folders, recorded) = time.perf_counter(), find_runs(args)
     take_settings(recorded, args)
     if args.device == "auto":

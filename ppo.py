@@ -79,10 +79,10 @@ class Args:
     clip_range: float = flag(0.2, "epsilon of PPO-Clip")
     penalty_coef: float = flag(0.5, "weight of KL(pi_old || pi) per token in PPO-Penalty")
     value_clip_range: float = flag(0.2, "values move at most so far per rollout; 0: unclipped")
-    normalize_reward: bool | None = flag(None, "(score - mean) / std of all scores seen so far")
+    normalize_reward: bool | None = flag(None, "true or false: (score - mean) / std of all scores so far")
     scale_reward: bool = flag(False, "score / std of all scores so far; studied in [Secrets], not in PPO-max")
     reward_clip: float | None = flag(None, "scores then held in [-c, c], 0.3 also studied; 0: not clipped")
-    whiten_advantages: bool | None = flag(None, "advantages less their mean, over their std [N+]")
+    whiten_advantages: bool | None = flag(None, "true or false: (advantage - mean) / std [N+]")
     advantage_clip: float = flag(0.0, "held in [-c, c]; 0.12 to 0.5 in [Secrets], not in PPO-max; 0: not")
     critic_init: Literal["reward", "sft"] = flag("reward", "reward model, or SFT model with a zero head")
     critic_warmup_steps: int | None = flag(None, "critic pretraining: steps in which the policy rests")
@@ -311,7 +311,7 @@ def read_rows(name, splits, columns, tokenizer, args, limit=None):
     used = f"{name} [{split}]: {len(rows)} of {len(texts['prompt'])} rows are within the length limits"
     todo = f"raise --prompt_length {args.prompt_length} or --response_length {args.response_length}"
     require(len(rows) > LEAST_SHARE * len(texts["prompt"]), f"{used}; {todo}")
-    print(used, flush=True)
+    print(used if 2 * len(rows) > len(texts["prompt"]) else f"warning: only {used}", flush=True)
     return rows[:limit]
 
 
@@ -337,7 +337,8 @@ def load_tokenizer(name):
 
 def load_model(auto_class, name, tokenizer, args, may_miss=(), **options):
     """A decoder-only model in float32 and eval mode: no dropout, ever. may_miss: weights made afresh."""
-    with explained(f"cannot use {name!r} as a model on --device {args.device}", "name a decoder-only one"):
+    todo = "name a decoder-only one, with an embedding for every token in use"
+    with explained(f"cannot use {name!r} as a model on --device {args.device}", todo):
         options |= {"dtype": torch.float32, "output_loading_info": True}
         model, info = auto_class.from_pretrained(name, **options)
         model = model.eval().to(args.device)
@@ -498,9 +499,11 @@ def explained(wrong, todo, status=2):
 def check_args(args, may_be_zero):
     """Numbers in range, an output folder that is free or holds a run to go on with; sets the device."""
     for name, value in vars(args).items():
-        least = 0 if name in may_be_zero.split() else 1e-9
-        good = type(value) not in (int, float) or least <= value <= 1e9
-        require(good, f"--{name} {value} is out of range; give a number from {least} to 1e9")
+        zero = name in may_be_zero.split()
+        good = type(value) not in (int, float) or 0 < value <= 1e9 or (value == 0 and zero)
+        require(
+            good, f"--{name} {value} is out of range; give {'0 or more' if zero else 'more than 0'}, to 1e9"
+        )
     args.device = args.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
     folder, todo = Path(args.output_dir), "choose another --output_dir"
     is_run = (folder / "args.json").exists()

@@ -167,7 +167,7 @@ def read_rows(name, splits, columns, tokenizer, args, limit=None):
     used = f"{name} [{split}]: {len(rows)} of {len(texts['prompt'])} rows are within the length limits"
     todo = f"raise --prompt_length {args.prompt_length} or --response_length {args.response_length}"
     require(len(rows) > LEAST_SHARE * len(texts["prompt"]), f"{used}; {todo}")
-    print(used, flush=True)
+    print(used if 2 * len(rows) > len(texts["prompt"]) else f"warning: only {used}", flush=True)
     return rows[:limit]
 
 
@@ -193,7 +193,8 @@ def load_tokenizer(name):
 
 def load_model(auto_class, name, tokenizer, args, may_miss=(), **options):
     """A decoder-only model in float32 and eval mode: no dropout, ever. may_miss: weights made afresh."""
-    with explained(f"cannot use {name!r} as a model on --device {args.device}", "name a decoder-only one"):
+    todo = "name a decoder-only one, with an embedding for every token in use"
+    with explained(f"cannot use {name!r} as a model on --device {args.device}", todo):
         options |= {"dtype": torch.float32, "output_loading_info": True}
         model, info = auto_class.from_pretrained(name, **options)
         model = model.eval().to(args.device)
@@ -292,9 +293,11 @@ def explained(wrong, todo, status=2):
 def check_args(args, may_be_zero):
     """Numbers in range, an output folder that is free or holds a run to go on with; sets the device."""
     for name, value in vars(args).items():
-        least = 0 if name in may_be_zero.split() else 1e-9
-        good = type(value) not in (int, float) or least <= value <= 1e9
-        require(good, f"--{name} {value} is out of range; give a number from {least} to 1e9")
+        zero = name in may_be_zero.split()
+        good = type(value) not in (int, float) or 0 < value <= 1e9 or (value == 0 and zero)
+        require(
+            good, f"--{name} {value} is out of range; give {'0 or more' if zero else 'more than 0'}, to 1e9"
+        )
     args.device = args.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
     folder, todo = Path(args.output_dir), "choose another --output_dir"
     is_run = (folder / "args.json").exists()
