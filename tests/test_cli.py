@@ -111,6 +111,10 @@ def make_models(folder):
     for path in (folder / "no_tokenizer").glob("tokenizer*"):
         path.unlink()
     (folder / "no_config" / "config.json").unlink()
+    shutil.copytree(folder / "no_config", folder / "adapter")
+    (folder / "adapter" / "model.safetensors").rename(folder / "adapter" / "adapter_model.safetensors")
+    adapter = {"peft_type": "LORA", "base_model_name_or_path": "lm", "r": 2, "task_type": "CAUSAL_LM"}
+    (folder / "adapter" / "adapter_config.json").write_text(json.dumps(adapter))
     (folder / "bad_config" / "config.json").write_text('{"model_type": "gpt2", ')
     whole = (folder / "cut" / "model.safetensors").read_bytes()
     (folder / "cut" / "model.safetensors").write_bytes(whole[: len(whole) // 2])
@@ -225,6 +229,7 @@ CASES = [
     case("no weights", ["'no_weights'"], ("reward_model", *RL), model="no_weights"),
     case("no tokenizer", ["'no_tokenizer'", "tokenizer"], model="no_tokenizer"),
     case("no EOS", ["'no_eos'", "EOS"], model="no_eos"),
+    case("an adapter", ["'adapter'"], model="adapter"),
     case("no config", ["'no_config'"], model="no_config"),
     case("broken config", ["'bad_config'"], model="bad_config"),
     case("weights cut short", ["'cut'"], model="cut"),
