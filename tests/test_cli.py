@@ -407,7 +407,7 @@ def test_most_rows_too_long(script, world, tmp_path, capfd):
     """Below half it is said, below a tenth refused: ten short prompts among many long ones are no data set."""
     for kept, said in (
         (5, "data [train]: 5 of 8"),
-        (3, "warning: only data [train]: 3 of 8"),
+        (3, "warning, less than half: data [train]: 3 of 8"),
         (0, "error: "),
     ):
         rows = [{x: "a" if i < kept else "x" * 17 for x in COLUMNS} for i in range(8)]
