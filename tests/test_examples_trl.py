@@ -9,10 +9,11 @@ import os
 import subprocess
 import sys
 import zlib
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, byte_tokenizer
 from safetensors.torch import load_file
 
 if importlib.util.find_spec("trl") is None:
@@ -161,6 +162,14 @@ def test_a_split_pair_ends_the_run(chain, tmp_path, monkeypatch):
         run(chain, monkeypatch, tmp_path, *two_prompts(2))
 
 
+def test_prompts_are_literal():
+    tokenizer = byte_tokenizer(add_bos=True, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    ids, images, fields = example.P3OTrainer._tokenize_prompts(
+        SimpleNamespace(processing_class=tokenizer), ["ab"]
+    )
+    assert len(tokenizer("ab")["input_ids"]) == 3 and len(ids[0]) == 2 and (images, fields) == (None, {})
+
+
 @pytest.mark.parametrize("clipping", ["joint", "separate"])
 def test_leave_one_out_advantages_serve_as_rewards(clipping):
     B, K = 5, 4
@@ -223,7 +232,14 @@ if __name__ == "__main__":
         from accelerate import DistributedType, PartialState
 
         # accelerate shards on accelerators only, and on CPU does plain data parallelism without a word.
-        PartialState(cpu=True).distributed_type = DistributedType.MULTI_GPU
+        init = PartialState.__init__
+
+        def as_if_on_gpus(self, *args, **options):
+            init(self, *args, **options)
+            if self.distributed_type == DistributedType.MULTI_CPU:
+                self.distributed_type = DistributedType.MULTI_GPU
+
+        PartialState.__init__ = as_if_on_gpus
     example.P3OTrainer._generate_single_turn = fixed_responses([])
     accelerator = example.main(sys.argv[1:]).accelerator
     print(f"{accelerator.num_processes} processes, {accelerator.distributed_type.value}", flush=True)
