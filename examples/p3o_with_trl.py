@@ -4,8 +4,8 @@
     python examples/p3o_with_trl.py                                 the embedded task, one process
     accelerate launch --multi_gpu --num_processes 2 examples/p3o_with_trl.py --per_device_train_batch_size 32
                                                                     DDP; with --use_cpu it needs no GPU
-    accelerate launch --config_file fsdp2.yaml examples/p3o_with_trl.py --bf16 ...                  FSDP
-    accelerate launch --config_file zero3.yaml examples/p3o_with_trl.py --bf16 ...                  ZeRO-3
+    accelerate launch --config_file fsdp2.yaml examples/p3o_with_trl.py --bf16 true ...                 FSDP
+    accelerate launch --config_file zero3.yaml examples/p3o_with_trl.py --bf16 true ...                 ZeRO-3
     ... --use_vllm --vllm_mode colocate                             generation by vLLM, on the same GPUs
     ... --use_peft --lora_r 16                                      LoRA; the reference needs no memory then
 

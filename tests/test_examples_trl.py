@@ -16,9 +16,8 @@ import torch
 from conftest import ROOT, byte_tokenizer
 from safetensors.torch import load_file
 
-if importlib.util.find_spec("trl") is None:
-    pytest.skip("trl is not installed: pip install -r examples/requirements.txt", allow_module_level=True)
-pytest.importorskip("peft")
+pytest.importorskip("trl", reason="needs pip install -r examples/requirements.txt")
+pytest.importorskip("peft", reason="needs pip install -r examples/requirements.txt")
 
 import trl.trainer.rloo_trainer as rloo
 from transformers import AutoModelForCausalLM
