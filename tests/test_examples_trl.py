@@ -110,9 +110,10 @@ def two_prompts(K, processes=1):
     return [*words, "--per_device_train_batch_size", 2 * K // processes]
 
 
-@pytest.mark.parametrize(
-    "clipping, K, temperature", [("joint", 2, 1.0), ("separate", 4, 0.7), ("none", 3, 1)]
-)
+SETTINGS = [("joint", 2, 1.0), ("joint", 4, 1.0), ("separate", 4, 0.7), ("none", 3, 1.0)]
+
+
+@pytest.mark.parametrize("clipping, K, temperature", SETTINGS)
 def test_updates_are_those_of_p3o(clipping, K, temperature, chain, tmp_path, monkeypatch):
     """So the leave-one-out advantages, the KL, positions and temperature are right, and pairs are pairs."""
     seen = []
