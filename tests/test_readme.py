@@ -15,7 +15,8 @@ import torch
 from conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.S)
+EXAMPLES = (ROOT / "examples" / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README + EXAMPLES, re.S)
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
 
 
@@ -49,12 +50,13 @@ def test_commands_and_flags():
 def test_every_flag_in_the_text_belongs_to_a_script():
     fields = {f.name for s in SCRIPTS for f in dataclasses.fields(importlib.import_module(s).Args)}
     fields |= set(re.findall(r'"--(\w+)"', (ROOT / "results/reproduce.py").read_text()))
-    flags = set(re.findall(r"--(\w+)", README)) - {"help"}
+    text = "\n".join(line for line in README.splitlines() if not line.strip().startswith("accelerate launch"))
+    flags = set(re.findall(r"--(\w+)", text)) - {"help"}
     assert flags <= fields, flags - fields
 
 
 def test_files_and_links():
-    for page in (ROOT / "README.md", ROOT / "results" / "README.md"):
+    for page in (ROOT / x / "README.md" for x in (".", "results", "examples")):
         for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
             assert target.startswith("https://") or (page.parent / target).exists(), target
     for name in set(re.findall(r"`?([\w/]+\.(?:py|cff|txt))`?", README)):
