@@ -107,6 +107,30 @@ def interpolate(points, kl):
     return [gain if math.isfinite(gain) else None for gain in gains]
 
 
+def interpolate_shares(points, kl, best):
+    """Gains of a method at the given KLs from [(kl, gain), ...]: its share of the optimum's gain, linear in
+    sqrt(KL) between its points and constant below the first, times the optimum's; None beyond the last.
+
+    best: the optimum's gains at a list of KLs. A chord between gains would lie below even the optimum's
+    curve, and the more so the further the points are apart.
+    """
+    known = [
+        (k, gain, top) for (k, gain), top in zip(points, best([k for k, _ in points])) if k > 1e-6 and top
+    ]
+    if not known:
+        return [None] * len(kl)
+    known.sort()
+    x = torch.tensor([k for k, _, _ in known], dtype=torch.float64).sqrt()
+    shares = torch.tensor([gain / top for _, gain, top in known], dtype=torch.float64)
+    at = torch.tensor(kl, dtype=torch.float64).sqrt()
+    right = torch.searchsorted(x, at).clamp(max=len(x) - 1)
+    left = (right - 1).clamp(min=0)
+    way = ((at - x[left]) / (x[right] - x[left]).clamp(min=1e-12)).clamp(0, 1)
+    share = (shares[left] * (1 - way) + shares[right] * way).tolist()
+    inside = (at <= x[-1] + 1e-9).tolist()
+    return [s * top if ok and top is not None else None for s, top, ok in zip(share, best(kl), inside)]
+
+
 def group(points, keys, values):
     """One row for each combination of the keys: the number of seeds, and a stat of every value."""
     groups = {}
@@ -194,7 +218,7 @@ def plan(experiment, args):
             for m in ("p3o-v2", "p3o-v1", "p3o-weighted", "ppg")
             for epochs in (1, 2, 4, 8)
         ]
-    return [make_run(m, BETA, 1, steps) for m in ("p3o-v2", "ppo")]  # variance: a policy and a critic
+    return [make_run("ppo", BETA, 1, steps)]  # variance: a policy and its critic
 
 
 def call(script, flags, folder, *more):
@@ -382,8 +406,12 @@ def gradients(policy, critic, batch, args):
         "VPG, batch mean": -((reward - reward.mean()) * seq).mean(),
         "leave-one-out": -((reward - others) * seq).mean(),
     }
-    for name, whiten in (("PPO", False), ("PPO, whitened", True)):
-        setting = dataclasses.replace(args, whiten_advantages=whiten)
+    for name, whiten, lam in (
+        ("PPO, lam = 1", False, 1.0),
+        ("PPO", False, args.lam),
+        ("PPO, whitened", True, args.lam),
+    ):
+        setting = dataclasses.replace(args, whiten_advantages=whiten, lam=lam)
         ppo.estimate_advantages(critic, batch, batch["score"], args.beta, setting)
         loss, _ = ppo.ppo_clip_loss(new, batch["logp_old_tok"], batch["advantages"], mask, args.clip_range)
         losses[name] = loss * mask.sum() / len(mask)
@@ -392,40 +420,74 @@ def gradients(policy, critic, batch, args):
     return {name: torch.cat([x.flatten() for x in part]).double() for name, part in parts.items()}
 
 
+def true_gradient(batches):
+    """The mean of an unbiased estimator over many batches, and the variance of that mean (trace).
+
+    PPO's with lam = 1: a baseline of the tokens before is no bias, and its noise is the least among the
+    unbiased ones here. batches: an iterable of {estimator: gradient}.
+    """
+    count, total, squares = 0, 0.0, 0.0
+    for found in batches:
+        x = found["PPO, lam = 1"]
+        count, total, squares = count + 1, total + x, squares + (x @ x).item()
+    mean = total / count
+    return mean, (squares / count - (mean @ mean).item()) / (count - 1)
+
+
+def errors_of(batches, truth, noise):
+    """{estimator: variance over batches (trace), cosine to the truth, squared error over the truth's square}.
+
+    noise: of the truth itself, taken off the squared error and the truth's square.
+    """
+    count, sums = 0, {}
+    square = (truth @ truth).item()
+    for found in batches:
+        count += 1
+        for name, x in found.items():
+            own = sums.setdefault(name, {"sum": 0.0, "squares": 0.0, "cosine": 0.0, "error": 0.0})
+            own["sum"] = own["sum"] + x
+            own["squares"] += (x @ x).item()
+            own["cosine"] += (x @ truth).item() / math.sqrt((x @ x).item() * square)
+            own["error"] += ((x - truth) @ (x - truth)).item()
+    table = {}
+    for name, own in sums.items():
+        mean = own["sum"] / count
+        variance = (own["squares"] / count - (mean @ mean).item()) * count / (count - 1)
+        error = (own["error"] / count - noise) / max(square - noise, 1e-30)
+        table[name] = {"variance": variance, "cosine": own["cosine"] / count, "error": error}
+    return table
+
+
 def measure_variance(args):
-    """logs/variance.json: moments of the gradients over batches, at the SFT and a trained policy."""
-    runs = plan("variance", args)
+    """logs/variance.json: errors of the gradients over batches, at the SFT model and at a trained policy."""
+    (run,) = plan("variance", args)
     if read_log(args, "variance"):
         return
-    train(runs, args, models=True)
+    train([run], args, models=True)
     _, tokenizer, reference, reward, _ = bench(RESPONSES)
     setting = dataclasses.replace(ppo.Args(), device="cpu", beta=BETA, micro_batch_size=64)
     prompts = p3o.read_prompts(setting.dataset, ["train"], tokenizer, setting)
-    trained, critic = (str(RUNS / run["name"]) for run in runs)
-    table, batches = {}, args.batches
+    table, trained = {}, RUNS / run["name"]
     for label, policy_folder, critic_folder in (
         ("SFT", setting.model, setting.reward_model),  # PPO's critic starts as the reward model
-        ("after P3O-V2", trained, f"{critic}/critic"),
+        ("after PPO", str(trained), str(trained / "critic")),  # a policy and the critic that grew up with it
     ):
         policy = p3o.load_model(AutoModelForCausalLM, policy_folder, tokenizer, setting)
         values = p3o.load_model(AutoModelForSequenceClassification, critic_folder, tokenizer, setting)
-        total = {}  # estimator: sum and sum of squares over the batches
-        for step in range(1, batches + 1):
-            torch.manual_seed(10**9 + step)
-            rows = p3o.data_order(len(prompts), setting.prompts_per_step, step, 10**3)
-            examples, K = [prompts[row] for row in rows], setting.num_responses
-            batch = p3o.sample_batch(policy, examples, K, tokenizer, setting)
-            batch = p3o.score_batch(batch, (policy, reference, reward), 64 * K, setting)
-            for name, x in gradients(policy, values, batch, setting).items():
-                sums = total.setdefault(name, [torch.zeros_like(x), torch.zeros_like(x)])
-                sums[0] += x
-                sums[1] += x * x
-        table[label] = {}
-        for name, (first, second) in total.items():
-            trace = ((second - first**2 / batches) / (batches - 1)).sum().item()
-            squared = max(((first / batches) ** 2).sum().item() - trace / batches, 0.0)  # without its noise
-            table[label][name] = {"trace": trace, "mean_norm": squared**0.5, "parameters": len(first)}
-    write_log(args, "variance", origin() | {"batches": batches, "policies": table})
+
+        def batches(seed, count, policy=policy, values=values):
+            for step in range(1, count + 1):
+                torch.manual_seed(seed * 10**6 + step)
+                rows = p3o.data_order(len(prompts), setting.prompts_per_step, step, seed)
+                examples, K = [prompts[row] for row in rows], setting.num_responses
+                batch = p3o.sample_batch(policy, examples, K, tokenizer, setting)
+                batch = p3o.score_batch(batch, (policy, reference, reward), 64 * K, setting)
+                yield gradients(policy, values, batch, setting)
+
+        truth, noise = true_gradient(batches(1001, args.batches))
+        table[label] = errors_of(batches(1000, args.batches), truth, noise)
+        table[label] |= {"norm of the truth": math.sqrt(max((truth @ truth).item() - noise, 0.0))}
+    write_log(args, "variance", origin() | {"batches": args.batches, "policies": table})
 
 
 # --------------------------------------------------------------------------------------------------- reports
@@ -493,7 +555,10 @@ def frontier(logs):
     tables = {"every beta": group(logs.points, ("method", "beta"), values)}
     matched, paired, areas, at = [], [], [], {}
     for method in COMPARED:
-        at[method] = {seed: interpolate(curve, MATCHED_KL) for seed, curve in logs.seeds(method).items()}
+        curves = logs.seeds(method)
+        at[method] = {
+            seed: interpolate_shares(curve, MATCHED_KL, logs.best) for seed, curve in curves.items()
+        }
     for i, kl in enumerate(MATCHED_KL):
         best = logs.best([kl])[0]
         for method in at:
@@ -515,7 +580,8 @@ def frontier(logs):
         grid = [end * i / 200 for i in range(201)]
         whole = sum(logs.best(grid))
         for method, seeds in curves.items():
-            shares = [sum(interpolate(c, grid)) / whole if end > 1e-6 else None for c in seeds.values()]
+            gains = [interpolate_shares(curve, grid, logs.best) for curve in seeds.values()]
+            shares = [sum(curve) / whole if end > 1e-6 else None for curve in gains]
             row = {"method": method, "seeds": len(shares), "up to KL": end}
             areas.append(row | stat("area over the optimum's", shares))
     tables |= {"at equal KL": matched, "p3o-v2 minus the others, seed by seed": paired, "area": areas}
@@ -584,22 +650,28 @@ def offsets(log):
 
 
 def overoptimisation(logs):
-    """With a weak leash, where does the gold reward turn while the proxy still climbs?"""
+    """With a weak leash, where does the gold reward turn while the proxy still climbs?
+
+    The peak is the evaluation with the highest gold reward on every other held-out prompt; what is said of it
+    comes from the prompts between."""
     curves, rows = {}, []
     for method in dict.fromkeys(point["method"] for point in logs.points):
         runs = [p["log"]["curve"] for p in logs.points if p["method"] == method]
         runs = [{row["step"]: row for row in curve} for curve in runs]
-        mean, names = {}, {"kl": "eval_kl_exact", "proxy": "eval_reward", "gold": "eval_gold"}
+        mean, names = {}, {"kl": "eval_kl_exact", "proxy": "eval_reward", "gold": "eval_gold_odd"}
+        names |= {"chosen on": "eval_gold_even"}
         for step in sorted(set.intersection(*map(set, runs))):
             gains = {name: [run[step][of] - run[0][of] for run in runs] for name, of in names.items()}
             mean[step] = {name: statistics.fmean(values) for name, values in gains.items()}
-        peak, last = max(mean, key=lambda step: mean[step]["gold"]), max(mean)
+        peak, last = max(mean, key=lambda step: mean[step]["chosen on"]), max(mean)
         later = [mean[step]["gold"] for step in mean if step >= peak]
         row = {"method": method, "seeds": len(runs), "KL at the gold peak": mean[peak]["kl"]}
         row |= {"gold at the peak": mean[peak]["gold"], "lowest after it": min(later)}
         row |= {"KL at the end": mean[last]["kl"]}
-        row |= stat("gold at the end", [r[last]["eval_gold"] - r[0]["eval_gold"] for r in runs])
-        row |= stat("gold since the peak", [r[last]["eval_gold"] - r[peak]["eval_gold"] for r in runs])
+        row |= stat("gold at the end", [r[last]["eval_gold_odd"] - r[0]["eval_gold_odd"] for r in runs])
+        row |= stat(
+            "gold since the peak", [r[last]["eval_gold_odd"] - r[peak]["eval_gold_odd"] for r in runs]
+        )
         row |= stat("proxy since the peak", [r[last]["eval_reward"] - r[peak]["eval_reward"] for r in runs])
         rows.append(row)
         curves[method] = [(point["kl"], point["proxy"], point["gold"]) for point in mean.values()]
@@ -610,8 +682,19 @@ def overoptimisation(logs):
     return tables, draw_curves(logs, curves)
 
 
+def win_and_tie_rate(gold_a, gold_b):
+    """How often a beats b, ties half, and how often they tie: all cross pairs of responses at a prompt.
+
+    gold_a, gold_b: (P, S). Policies that draw with the same random numbers give the same text in most draws;
+    comparing draw with draw would push every rate towards one half."""
+    a, b = (torch.tensor(gold, dtype=torch.float64) for gold in (gold_a, gold_b))
+    difference = a.unsqueeze(2) - b.unsqueeze(1)  # (P, S, S)
+    ties = (difference == 0).double().mean().item()
+    return (difference > 0).double().mean().item() + ties / 2, ties
+
+
 def head_to_head(logs):
-    """Whose answers win, by the gold reward?
+    """Whose answers win, by the gold reward? All cross pairs of answers to a prompt; ties half.
 
     The paper's numbers are GPT-4's judgement of a 6B model on HH at KLs of 7 to 12 nats; ours are the true
     reward of a small world. Who is ahead can be compared, by how much cannot."""
@@ -629,10 +712,10 @@ def head_to_head(logs):
         rows = tables[title] = []
         for a, b in ((a, b) for a in runs for b in runs if a != b and set(runs[a]) & set(runs[b])):
             seeds = sorted(set(runs[a]) & set(runs[b]))
-            scores = [torch.tensor([runs[m][s]["log"]["gold"] for s in seeds]).flatten() for m in (a, b)]
-            rates = [f"{100 * x:.1f}" for x in theory.win_rate(*scores)]
+            rates = [win_and_tie_rate(*(runs[m][s]["log"]["gold"] for m in (a, b))) for s in seeds]
             row = {"method": a, "against": b, "seeds": len(seeds)}
-            row |= dict(zip(("wins %", "wins %_low", "wins %_high"), rates))
+            row |= stat("wins %", [100 * wins for wins, _ in rates])
+            row |= {"ties %": 100 * statistics.fmean(ties for _, ties in rates)}
             kls = (statistics.fmean(runs[m][s]["kl"] for s in seeds) for m in (a, b))
             rows.append(row | dict(zip(("KL", "its KL"), kls)) | {"paper, GPT-4, HH %": PAPER.get((a, b))})
     return tables, draw_matrices(tables)
@@ -663,20 +746,20 @@ def staleness(logs):
 
 
 def variance(logs):
-    """How noisy are the gradients of the estimators, on the same responses?
+    """How far are the estimators from the true gradient, on the same responses, a batch of 128 at a time?
 
-    Variance: over batches, trace of the covariance per parameter. Norm: of the mean gradient, its own noise
-    taken off. Noise over signal: trace over squared norm; it alone can be compared for whitened advantages,
-    which change the scale. With all pairs PPG and leave-one-out are the same estimator."""
+    Truth: the mean of an unbiased estimator over as many batches again. Cosine: of a batch's gradient to it,
+    whatever the scale. Squared error: over the square of the truth; whitening changes the scale and has none.
+    Variance: over batches, trace of the covariance, over PPG's. With all pairs PPG and leave-one-out are the
+    same estimator."""
     log, rows = read_log(logs.args, "variance"), []
     for policy, estimators in log["policies"].items() if log else ():
-        base = estimators["PPG"]["trace"]
+        base = estimators["PPG"]["variance"]
         for name, x in estimators.items():
-            signal = x["mean_norm"] ** 2
-            row = {"policy": policy, "estimator": name, "batches": log["batches"]}
-            row |= {"variance": x["trace"] / x["parameters"], "over PPG's": x["trace"] / base}
-            row |= {"norm": x["mean_norm"], "noise over signal": x["trace"] / signal if signal else None}
-            rows.append(row)
+            if name != "norm of the truth":
+                row = {"policy": policy, "estimator": name, "batches": log["batches"], "cosine": x["cosine"]}
+                row |= {"squared error": None if "whitened" in name else x["error"]}
+                rows.append(row | {"variance over PPG's": x["variance"] / base})
     logs.logs = {"variance": log}
     logs.missing = [] if log else ["variance"]
     return {"gradients": rows}, draw_bars(rows)
@@ -729,7 +812,11 @@ def write_report(experiment, args):
     source = f"Commit {', '.join(commits)}; seeds {', '.join(map(str, seeds))}; {len(used)} logs, "
     source += f"{sum(log.get('minutes', 0) for log in used):.0f} minutes of training; "
     source += "; ".join(sorted({log["hardware"] for log in used})) + ". In brackets: 95% intervals over seeds"
-    source += ", of win rates over pairs of responses." if experiment == "head_to_head" else "."
+    source += "."
+    if logs.sft and experiment != "variance":
+        error = logs.sft["reward_spread"] / math.sqrt(PROMPTS * RESPONSES)
+        source += f" Gains are over one sample of the SFT model; the standard error of its mean, {error:.3f},"
+        source += " is in all gains alike and in no difference between methods."
     note = " ".join(EXPERIMENTS[experiment].__doc__.split())
     parts = [f"# {experiment.replace('_', ' ')}", note, source, *([missing] if missing else [])]
     parts += [f"![{experiment}]({experiment}.png)"]
@@ -862,19 +949,19 @@ def draw_matrices(tables):
 
 
 def draw_bars(rows):
-    """Noise over signal of the gradient estimators, a panel for each policy."""
+    """Cosine to the true gradient of the estimators, a panel for each policy."""
     policies = list(dict.fromkeys(row["policy"] for row in rows))
     figure, axes = panels(max(len(policies), 1), 5.0, 3.4)
     for axis, policy in zip(axes, policies):
-        own = [row for row in rows if row["policy"] == policy and row["noise over signal"]]
+        own = [row for row in rows if row["policy"] == policy]
         for place, row in enumerate(reversed(own)):
-            value = row["noise over signal"]
+            value = row["cosine"]
             axis.barh(place, value, color="#D55E00" if row["estimator"] == "PPG" else "#999999")
-            axis.text(value, place, f" {row['estimator']}  {value:.3g}", va="center", fontsize=9.5)
-        axis.set_xlim(0, 1.6 * max([row["noise over signal"] for row in own], default=1.0))
+            axis.text(value, place, f" {row['estimator']}  {value:.2f}", va="center", fontsize=9.5)
+        axis.set_xlim(0, 1.6 * max([row["cosine"] for row in own], default=1.0))
         axis.set_yticks([])
         axis.set_title(policy, loc="left", fontsize=11.5)
-        axis.set_xlabel("variance over squared mean gradient")
+        axis.set_xlabel("cosine of a batch's gradient to the true one")
     return figure
 
 
