@@ -194,6 +194,7 @@ def plan(experiment, args):
             for seed in seeds
             for m in ("p3o-v2", "ppo", "ppo-values-unclipped")
             for f, shift in shifts
+            if m != "p3o-v2" or f in (SHIFTS[0], SHIFTS[-1])  # it is the same run at any size
         ]
         return runs
     if experiment == "critic":
@@ -581,7 +582,7 @@ def frontier(logs):
         whole = sum(logs.best(grid))
         for method, seeds in curves.items():
             gains = [interpolate_shares(curve, grid, logs.best) for curve in seeds.values()]
-            shares = [sum(curve) / whole if end > 1e-6 else None for curve in gains]
+            shares = [sum(c) / whole if end > 1e-6 and None not in c else None for c in gains]
             row = {"method": method, "seeds": len(shares), "up to KL": end}
             areas.append(row | stat("area over the optimum's", shares))
     tables |= {"at equal KL": matched, "p3o-v2 minus the others, seed by seed": paired, "area": areas}
