@@ -30,6 +30,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import datasets
+import torch
 import transformers
 from transformers import AutoTokenizer
 
@@ -195,7 +196,7 @@ def describe(rows, eos, tokenizer, args):
 
 
 def require(condition, message, status=2):
-    """Else ends the run in one line: what is wrong; what to do. Status 2: the input, 1: the run."""
+    """If it does not hold, ends the run in one line: what is wrong; what to do. Status 2: input, 1: run."""
     if not condition:
         message = "".join(c if c.isprintable() else "?" for c in message)  # no text may drive the terminal
         print(f"error: {message}", file=sys.stderr)
@@ -213,7 +214,7 @@ def explained(wrong, todo, status=2):
 
 
 def guard(main, args_class):
-    """Command line -> main(args). An expected failure becomes one line and an exit status, no traceback."""
+    """Command line -> main(args). What a user can mend ends the run in one line, not in a traceback."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
@@ -221,7 +222,12 @@ def guard(main, args_class):
     with explained("cannot read the command line", "see --help"):
         parser = transformers.HfArgumentParser(args_class, allow_abbrev=False, exit_on_error=False)
         (args,) = parser.parse_args_into_dataclasses(look_for_args_file=False)
-    main(args)
+    try:
+        main(args)
+    except KeyboardInterrupt:
+        require(False, "interrupted; what was saved is kept", 130)
+    except torch.OutOfMemoryError:
+        require(False, "out of memory; lower --micro_batch_size, which may change on --resume, or lengths", 1)
 
 
 # ------------------------------------------------------------------------------------------------------ main

@@ -26,6 +26,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait choke a busy machine
+
 import datasets
 import torch
 import transformers
@@ -39,8 +41,9 @@ def flag(default, text):
 
 @dataclass
 class Args:
-    text = {"help": "folders; no flag needed if first; default: all in out/"}
-    runs: list[str] = field(default_factory=list, metadata=text)
+    runs: list[str] = field(
+        default_factory=list, metadata={"help": "folders; no flag needed if first; default: all in out/"}
+    )
     dataset: str = flag("data/toy/prompts", "hub name or folder with a text column prompt; its test split")
     output_dir: str = flag("out/evaluation", "folder of answers.jsonl and meta.json")
     num_prompts: int = flag(32, "P, held-out prompts")
@@ -120,7 +123,7 @@ def read_prompts(name, splits, tokenizer, args, limit=None):
     rows = [row for row in rows if 0 < len(row["prompt_ids"]) <= args.prompt_length]
     used = f"{name} [{split}]: {len(rows)} of {len(texts)} prompts are within --prompt_length"
     require(len(rows) > LEAST_SHARE * len(texts), f"{used} {args.prompt_length}; raise it")
-    print(used, flush=True)
+    print(used if 2 * len(rows) > len(texts) else f"warning, less than half: {used}", flush=True)
     return rows[:limit]
 
 
@@ -136,7 +139,8 @@ def load_tokenizer(name):
 
 def load_model(auto_class, name, tokenizer, args, may_miss=(), **options):
     """A decoder-only model in float32 and eval mode: no dropout, ever. may_miss: weights made afresh."""
-    with explained(f"cannot use {name!r} as a model on --device {args.device}", "name a decoder-only one"):
+    todo = "name a decoder-only one, with embeddings for EOS and padding, or another --device"
+    with explained(f"cannot use {name!r} as a model on --device {args.device}", todo):
         options |= {"dtype": torch.float32, "output_loading_info": True}
         model, info = auto_class.from_pretrained(name, **options)
         model = model.eval().to(args.device)
@@ -150,6 +154,7 @@ def load_model(auto_class, name, tokenizer, args, may_miss=(), **options):
     require(same, f"{name!r} sees padding or later tokens, or is not finite; use a decoder-only model")
     whole = set(info["missing_keys"]) <= set(may_miss) and "score.weight" not in info["unexpected_keys"]
     whole &= hasattr(model, "score") or "num_labels" not in options
+    whole &= not getattr(model, "_hf_peft_config_loaded", False)  # an adapter on some other model
     require(whole, f"{name!r} is not a whole {auto_class.__name__.removeprefix('AutoModelFor')}; name one")
     need = args.prompt_length + args.response_length
     most = getattr(model.config, "max_position_embeddings", None) or need
@@ -222,7 +227,7 @@ def score_batch(batch, models, size, args):
 
 # -------------------------------------------------------------------------------------------------- failures
 def require(condition, message, status=2):
-    """Else ends the run in one line: what is wrong; what to do. Status 2: the input, 1: the run."""
+    """If it does not hold, ends the run in one line: what is wrong; what to do. Status 2: input, 1: run."""
     if not condition:
         message = "".join(c if c.isprintable() else "?" for c in message)  # no text may drive the terminal
         print(f"error: {message}", file=sys.stderr)
@@ -240,7 +245,7 @@ def explained(wrong, todo, status=2):
 
 
 def guard(main, args_class):
-    """Command line -> main(args). An expected failure becomes one line and an exit status, no traceback."""
+    """Command line -> main(args). What a user can mend ends the run in one line, not in a traceback."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
@@ -248,7 +253,12 @@ def guard(main, args_class):
     with explained("cannot read the command line", "see --help"):
         parser = transformers.HfArgumentParser(args_class, allow_abbrev=False, exit_on_error=False)
         (args,) = parser.parse_args_into_dataclasses(look_for_args_file=False)
-    main(args)
+    try:
+        main(args)
+    except KeyboardInterrupt:
+        require(False, "interrupted; what was saved is kept", 130)
+    except torch.OutOfMemoryError:
+        require(False, "out of memory; lower --micro_batch_size, which may change on --resume, or lengths", 1)
 
 
 # ------------------------------------------------------------------------------------------------------ runs
@@ -381,9 +391,10 @@ def write_answers(known, meta, args):
 # ------------------------------------------------------------------------------------------------------ main
 def main(args):
     for name, value in vars(args).items():
-        least = 0 if name in ("seed", "missing_eos_penalty") else 1e-9
-        good = type(value) not in (int, float) or least <= value <= 1e9
-        require(good, f"--{name} {value} is out of range; give a number from {least} to 1e9")
+        zero = name in ("seed", "missing_eos_penalty")
+        good = type(value) not in (int, float) or 0 < value <= 1e9 or (value == 0 and zero)
+        need = "at least 0" if zero else "above 0"
+        require(good, f"--{name} {value} is out of range; give {need}, up to 1e9")
     start, (folders, recorded) = time.perf_counter(), find_runs(args)
     take_settings(recorded, args)
     if args.device == "auto":

@@ -1,4 +1,4 @@
-"""Stage 3: P3O, Pairwise Proximal Policy Optimization (Wu et al. 2023, arXiv:2310.00212, "the paper" below).
+"""Stage 3: P3O, Pairwise Proximal Policy Optimization (Wu et al. 2023, arXiv:2310.00212, [P3O] below).
 
     python p3o.py     the embedded task, after toy.py, sft.py and reward_model.py; other models: README.md
 
@@ -13,15 +13,15 @@ fix a reward only up to an offset per prompt; differences do not see that offset
     P3O-V1                    rho_1 and rho_2 clipped separately              p3o_loss(clipping="separate")
     P3O-V2                    log(pi(y1) / pi(y2)) clipped                    p3o_loss(clipping="joint")
 
-Departures from the paper: K > 2 responses use all pairs. V2's d is centred by its value under pi_old: same
+Departures from [P3O]: K > 2 responses use all pairs. V2's d is centred by its value under pi_old: same
 gradient. Each importance ratio is held within exp(+-20), so V2's rho_1 rho_2 within exp(+-40): float32 stays
-finite. A response cut off without EOS loses --missing_eos_penalty. --max_importance_weight is the first
-author's code's, and off by default. --clipping none is the plain pairwise gradient, without the importance
+finite. A response cut off without EOS loses --missing_eos_penalty. --max_importance_weight comes from the
+first author's code and is off by default. --clipping none is the plain pairwise gradient, without importance
 weight: after the first optimizer step on a batch it is not the gradient at the current policy any more.
 
 Legend: B prompts, K responses to each, N = B * K rows; P prompt length, R response length, V vocabulary.
 Prompts are padded on the left, responses on the right. Masks are boolean, True counts. Logs are in nats.
-score is r, reward is R; the logged "reward" is the mean score.
+score is r, reward is R(x, y), not the size R; the logged "reward" is the mean score.
 """
 
 import json
@@ -34,6 +34,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait choke a busy machine
 
 import datasets
 import torch
@@ -61,12 +63,12 @@ class Args:
     num_responses: int = flag(2, "K, responses per prompt; all K (K - 1) / 2 pairs are used")
     epochs: int = flag(2, "passes over each rollout; 1 to 4")
     minibatch_size: int = flag(32, "prompts per optimizer step, each with all its responses")
-    micro_batch_size: int = flag(0, "prompts per forward pass, to save memory; 0: the minibatch")
+    micro_batch_size: int = flag(0, "prompts per pass of scoring and training; 0: the minibatch")
     beta: float = flag(0.5, "weight of the KL to the SFT model; 0.05 for HH in the author's code")
     clipping: Literal["joint", "separate", "none"] = flag("joint", "P3O-V2, V1, or plain pairwise gradient")
     clip_range: float = flag(0.2, "epsilon: of rho (V1), of the difference of log rho in nats (V2)")
     max_importance_weight: float | None = flag(None, "c: weights held in [1/c, c]; author's code: 10")
-    reward_shift: float = flag(0.0, "times a fixed normal offset per prompt, added to the scores")
+    reward_shift: float = flag(0.0, "times a fixed normal offset per prompt, on scores but not in logs")
     missing_eos_penalty: float = flag(1.0, "off the score of a response cut off without EOS")
     temperature: float = flag(1.0, "divides the logits, when sampling and in every log-prob")
     prompt_length: int = flag(32, "tokens; longer prompts are left out and counted")
@@ -202,7 +204,7 @@ def read_prompts(name, splits, tokenizer, args, limit=None):
     rows = [row for row in rows if 0 < len(row["prompt_ids"]) <= args.prompt_length]
     used = f"{name} [{split}]: {len(rows)} of {len(texts)} prompts are within --prompt_length"
     require(len(rows) > LEAST_SHARE * len(texts), f"{used} {args.prompt_length}; raise it")
-    print(used, flush=True)
+    print(used if 2 * len(rows) > len(texts) else f"warning, less than half: {used}", flush=True)
     return rows[:limit]
 
 
@@ -228,7 +230,8 @@ def load_tokenizer(name):
 
 def load_model(auto_class, name, tokenizer, args, may_miss=(), **options):
     """A decoder-only model in float32 and eval mode: no dropout, ever. may_miss: weights made afresh."""
-    with explained(f"cannot use {name!r} as a model on --device {args.device}", "name a decoder-only one"):
+    todo = "name a decoder-only one, with embeddings for EOS and padding, or another --device"
+    with explained(f"cannot use {name!r} as a model on --device {args.device}", todo):
         options |= {"dtype": torch.float32, "output_loading_info": True}
         model, info = auto_class.from_pretrained(name, **options)
         model = model.eval().to(args.device)
@@ -242,6 +245,7 @@ def load_model(auto_class, name, tokenizer, args, may_miss=(), **options):
     require(same, f"{name!r} sees padding or later tokens, or is not finite; use a decoder-only model")
     whole = set(info["missing_keys"]) <= set(may_miss) and "score.weight" not in info["unexpected_keys"]
     whole &= hasattr(model, "score") or "num_labels" not in options
+    whole &= not getattr(model, "_hf_peft_config_loaded", False)  # an adapter on some other model
     require(whole, f"{name!r} is not a whole {auto_class.__name__.removeprefix('AutoModelFor')}; name one")
     need = args.prompt_length + args.response_length
     most = getattr(model.config, "max_position_embeddings", None) or need
@@ -335,8 +339,10 @@ def cost_metrics(batch, clock):
     """Seconds of each phase, from the clock around them; tokens per second; the GPU's peak memory."""
     phases = zip(("seconds_rollout", "seconds_score", "seconds_update"), clock, clock[1:])
     metrics = {name: end - start for name, start, end in phases}
-    metrics["tokens_per_second"] = batch["response_mask"].sum().item() / (clock[-1] - clock[0])
-    return metrics | {"peak_memory_gb": torch.cuda.max_memory_allocated() / 1e9}
+    mask = batch["response_mask"]
+    metrics["tokens_per_second"] = mask.sum().item() / (clock[-1] - clock[0])
+    peak = torch.cuda.max_memory_allocated(mask.device) if mask.is_cuda else 0
+    return metrics | {"peak_memory_gb": peak / 1e9}
 
 
 def evaluate(step, models, held_out, tokenizer, args):
@@ -359,7 +365,7 @@ stop_signals = []
 
 
 def require(condition, message, status=2):
-    """Else ends the run in one line: what is wrong; what to do. Status 2: the input, 1: the run."""
+    """If it does not hold, ends the run in one line: what is wrong; what to do. Status 2: input, 1: run."""
     if not condition:
         message = "".join(c if c.isprintable() else "?" for c in message)  # no text may drive the terminal
         print(f"error: {message}", file=sys.stderr)
@@ -379,9 +385,10 @@ def explained(wrong, todo, status=2):
 def check_args(args, may_be_zero):
     """Numbers in range, an output folder that is free or holds a run to go on with; sets the device."""
     for name, value in vars(args).items():
-        least = 0 if name in may_be_zero.split() else 1e-9
-        good = type(value) not in (int, float) or least <= value <= 1e9
-        require(good, f"--{name} {value} is out of range; give a number from {least} to 1e9")
+        zero = name in may_be_zero.split()
+        good = type(value) not in (int, float) or 0 < value <= 1e9 or (value == 0 and zero)
+        need = "at least 0" if zero else "above 0"
+        require(good, f"--{name} {value} is out of range; give {need}, up to 1e9")
     args.device = args.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
     folder, todo = Path(args.output_dir), "choose another --output_dir"
     is_run = (folder / "args.json").exists()
@@ -389,7 +396,7 @@ def check_args(args, may_be_zero):
     require(is_run or not args.resume, f"{folder} holds no run; leave out --resume")
     clear = not is_run or args.resume != args.overwrite
     require(clear, f"{folder} holds a run; give either --resume or --overwrite, or {todo}")
-    for name in {"model", "reward_model", "dataset"} & set(vars(args)):
+    for name in [name for name in ("model", "reward_model", "dataset") if hasattr(args, name)]:
         inside = Path(getattr(args, name)).resolve().is_relative_to(folder.resolve())
         require(not inside, f"--output_dir {folder} holds the input --{name}; {todo}")
 
@@ -402,24 +409,24 @@ def open_run(args, parts):
     folder, path = Path(args.output_dir), Path(args.output_dir, "checkpoint.pt")
     checkpoint = {"step": 0, "metrics": {}, "log_size": 0}
     if args.resume and path.exists():
-        with explained(f"cannot read {path}", "start again with --overwrite"):
+        with explained(f"cannot resume from {path}", "start again with --overwrite"):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        done, before = checkpoint["step"], checkpoint["args"]
-        for name, now in vars(args).items():
-            same, was = name in MAY_CHANGE or now == before.get(name), before.get(name)
-            require(same, f"--{name} was {was} and is now {now}; only {', '.join(MAY_CHANGE)} may change")
-        fits = done < args.steps or done == args.steps == before["steps"]
-        require(fits, f"{folder} has done {done} of {args.steps} steps; raise --steps")
-        for name, part in parts.items():
-            part.load_state_dict(checkpoint["parts"][name])
+            done, before = checkpoint["step"], checkpoint["args"]
+            for name in [name for name in vars(args) if name not in MAY_CHANGE]:
+                was, now = before.get(name), getattr(args, name)
+                require(was == now, f"--{name} was {was} and is now {now}; only {MAY_CHANGE[:4]} may change")
+            fits = done < args.steps or done == args.steps == before["steps"]
+            require(fits, f"{folder} has done {done} of {args.steps} steps; raise --steps")
+            for name, part in parts.items():
+                part.load_state_dict(checkpoint["parts"][name])
     with explained(f"cannot write to {folder}", "choose another --output_dir"):
         folder.mkdir(parents=True, exist_ok=True)
-        old = [path, folder / "config.json", *folder.glob("samples_*.jsonl")] if args.overwrite else []
-        for file in old:  # a model without config.json is not taken for this run's
-            file.unlink(missing_ok=True)
+        if not checkpoint["metrics"]:  # no model and no text of an old run is taken for this one's
+            for file in (path, folder / "config.json", *folder.glob("samples_*.jsonl")):
+                file.unlink(missing_ok=True)
         (folder / "args.json").write_text(json.dumps({"args": vars(args)}, indent=2))
         with open(folder / "metrics.jsonl", "a") as log:
-            log.truncate(checkpoint["log_size"])
+            log.truncate(min(log.tell(), checkpoint["log_size"]))
     signal.signal(signal.SIGINT, on_signal)
     signal.signal(signal.SIGTERM, on_signal)
     return checkpoint["step"], checkpoint["metrics"]
@@ -429,7 +436,7 @@ def on_signal(number, frame):
     """Lets the step finish and save, and says so at once; the same signal again ends at once."""
     stop_signals.append(number)
     signal.signal(number, signal.SIG_DFL)
-    print("stopping after this step, which will be saved", file=sys.stderr, flush=True)
+    os.write(2, b"stopping after this step, which will be saved\n")  # print could be what was interrupted
 
 
 def end_step(args, step, metrics, parts, tokenizer):
@@ -438,14 +445,14 @@ def end_step(args, step, metrics, parts, tokenizer):
     parts: as in open_run; the models among them are exported to the subfolders they are named by.
     """
     folder, stop = Path(args.output_dir), list(stop_signals)  # later signals wait for the next step
-    with open(folder / "metrics.jsonl", "a") as log:
-        log.write(json.dumps({"step": step} | metrics) + "\n")
     due = args.save_every and step > 0 and step % args.save_every == 0
-    if due or stop or step == args.steps:
-        state = {"step": step, "metrics": metrics, "args": vars(args)}
-        state["log_size"] = (folder / "metrics.jsonl").stat().st_size
-        state["parts"] = {name: part.state_dict() for name, part in parts.items()}
-        with explained(f"cannot save step {step}", "make room and --resume: the last checkpoint is whole", 1):
+    with explained(f"cannot save step {step}", "make room, then --resume from the last checkpoint", 1):
+        with open(folder / "metrics.jsonl", "a") as log:
+            log.write(json.dumps({"step": step} | metrics) + "\n")
+        if due or stop or step == args.steps:
+            state = {"step": step, "metrics": metrics, "args": vars(args)}
+            state["log_size"] = (folder / "metrics.jsonl").stat().st_size
+            state["parts"] = {name: part.state_dict() for name, part in parts.items()}
             for name in [x for x, part in parts.items() if isinstance(part, transformers.PreTrainedModel)]:
                 parts[name].save_pretrained(folder / name)
                 tokenizer.save_pretrained(folder / name)
@@ -457,7 +464,7 @@ def end_step(args, step, metrics, parts, tokenizer):
 
 
 def guard(main, args_class):
-    """Command line -> main(args). An expected failure becomes one line and an exit status, no traceback."""
+    """Command line -> main(args). What a user can mend ends the run in one line, not in a traceback."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
@@ -465,7 +472,12 @@ def guard(main, args_class):
     with explained("cannot read the command line", "see --help"):
         parser = transformers.HfArgumentParser(args_class, allow_abbrev=False, exit_on_error=False)
         (args,) = parser.parse_args_into_dataclasses(look_for_args_file=False)
-    main(args)
+    try:
+        main(args)
+    except KeyboardInterrupt:
+        require(False, "interrupted; what was saved is kept", 130)
+    except torch.OutOfMemoryError:
+        require(False, "out of memory; lower --micro_batch_size, which may change on --resume, or lengths", 1)
 
 
 # ------------------------------------------------------------------------------------------------------ main
@@ -513,11 +525,10 @@ def main(args):
     # delta(x) of --reward_shift, in multiples of 1/256: float64 adds it without rounding a difference.
     delta = torch.randn(len(prompts), 1, generator=torch.Generator().manual_seed(0)).double()
     delta = ((args.reward_shift * delta * 256).round() / 256).to(args.device)  # (rows, 1)
-    settings = {"lr": args.learning_rate, "betas": (0.9, 0.95), "eps": 1e-5, "weight_decay": 0.0}
-    optimizer = torch.optim.AdamW(policy.parameters(), **settings)
+    optimizer = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0)
     parts, start = {"": policy, "optimizer": optimizer}, time.perf_counter()
     done, metrics = open_run(args, parts)
-    if done == 0:
+    if not metrics:
         metrics = evaluate(0, models, held_out, tokenizer, args)
         end_step(args, 0, metrics, parts, tokenizer)
 

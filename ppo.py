@@ -23,7 +23,7 @@ The tricks that [Secrets] studies, a flag each, stand in README.md; PRESETS belo
 Departures: KL(pi_old || pi) is estimated from the sampled tokens, mean of rho - 1 - log rho. Advantages are
 whitened over the rollout. Steps of critic pretraining count as --steps. The ptx term reads demonstrations,
 not raw text. A response cut off without EOS loses --missing_eos_penalty. "objective" is reward - beta KL with
---beta also where beta adapts.
+--beta also where beta adapts: on the exact KL of the rollout before, by a fifth at most.
 
 Legend: B prompts, K responses to each, N = B * K rows; P prompt length, R response length. Prompts are padded
 on the left, responses on the right. Masks are boolean, True counts. Log-probs and KL in nats.
@@ -40,6 +40,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait choke a busy machine
 
 import datasets
 import torch
@@ -79,17 +81,17 @@ class Args:
     clip_range: float = flag(0.2, "epsilon of PPO-Clip")
     penalty_coef: float = flag(0.5, "weight of KL(pi_old || pi) per token in PPO-Penalty")
     value_clip_range: float = flag(0.2, "values move at most so far per rollout; 0: unclipped")
-    normalize_reward: bool | None = flag(None, "(score - mean) / std of all scores seen so far")
+    normalize_reward: bool | None = flag(None, "true or false: (score - mean) / std of all scores so far")
     scale_reward: bool = flag(False, "score / std of all scores so far; studied in [Secrets], not in PPO-max")
     reward_clip: float | None = flag(None, "scores then held in [-c, c], 0.3 also studied; 0: not clipped")
-    whiten_advantages: bool | None = flag(None, "advantages less their mean, over their std [N+]")
+    whiten_advantages: bool | None = flag(None, "true or false: (advantage - mean) / std [N+]")
     advantage_clip: float = flag(0.0, "held in [-c, c]; 0.12 to 0.5 in [Secrets], not in PPO-max; 0: not")
     critic_init: Literal["reward", "sft"] = flag("reward", "reward model, or SFT model with a zero head")
     critic_warmup_steps: int | None = flag(None, "critic pretraining: steps in which the policy rests")
     entropy_coef: float = flag(0.0, "weight of the entropy per token; studied in [Secrets], not in PPO-max")
     ptx_coef: float | None = flag(None, "PPO-ptx: weight of the demonstrations' log-likelihood per token")
     ptx_dataset: str = flag("data/toy/sft", "demonstrations of --ptx_coef: prompt, completion; see data.py")
-    reward_shift: float = flag(0.0, "times a fixed normal offset per prompt, added to the scores")
+    reward_shift: float = flag(0.0, "times a fixed normal offset per prompt, on scores but not in logs")
     missing_eos_penalty: float = flag(1.0, "subtracted from the score of a response cut off without EOS")
     temperature: float = flag(1.0, "divides the logits, when sampling and in every log-prob")
     prompt_length: int = flag(32, "tokens; longer prompts are left out and counted")
@@ -311,7 +313,8 @@ def read_rows(name, splits, columns, tokenizer, args, limit=None):
     used = f"{name} [{split}]: {len(rows)} of {len(texts['prompt'])} rows are within the length limits"
     todo = f"raise --prompt_length {args.prompt_length} or --response_length {args.response_length}"
     require(len(rows) > LEAST_SHARE * len(texts["prompt"]), f"{used}; {todo}")
-    print(used, flush=True)
+    less = "" if 2 * len(rows) > len(texts["prompt"]) else "warning, less than half: "
+    print(less + used, flush=True)
     return rows[:limit]
 
 
@@ -337,7 +340,8 @@ def load_tokenizer(name):
 
 def load_model(auto_class, name, tokenizer, args, may_miss=(), **options):
     """A decoder-only model in float32 and eval mode: no dropout, ever. may_miss: weights made afresh."""
-    with explained(f"cannot use {name!r} as a model on --device {args.device}", "name a decoder-only one"):
+    todo = "name a decoder-only one, with embeddings for EOS and padding, or another --device"
+    with explained(f"cannot use {name!r} as a model on --device {args.device}", todo):
         options |= {"dtype": torch.float32, "output_loading_info": True}
         model, info = auto_class.from_pretrained(name, **options)
         model = model.eval().to(args.device)
@@ -351,6 +355,7 @@ def load_model(auto_class, name, tokenizer, args, may_miss=(), **options):
     require(same, f"{name!r} sees padding or later tokens, or is not finite; use a decoder-only model")
     whole = set(info["missing_keys"]) <= set(may_miss) and "score.weight" not in info["unexpected_keys"]
     whole &= hasattr(model, "score") or "num_labels" not in options
+    whole &= not getattr(model, "_hf_peft_config_loaded", False)  # an adapter on some other model
     require(whole, f"{name!r} is not a whole {auto_class.__name__.removeprefix('AutoModelFor')}; name one")
     need = args.prompt_length + args.response_length
     most = getattr(model.config, "max_position_embeddings", None) or need
@@ -454,8 +459,10 @@ def cost_metrics(batch, clock):
     """Seconds of each phase, from the clock around them; tokens per second; the GPU's peak memory."""
     phases = zip(("seconds_rollout", "seconds_score", "seconds_update"), clock, clock[1:])
     metrics = {name: end - start for name, start, end in phases}
-    metrics["tokens_per_second"] = batch["response_mask"].sum().item() / (clock[-1] - clock[0])
-    return metrics | {"peak_memory_gb": torch.cuda.max_memory_allocated() / 1e9}
+    mask = batch["response_mask"]
+    metrics["tokens_per_second"] = mask.sum().item() / (clock[-1] - clock[0])
+    peak = torch.cuda.max_memory_allocated(mask.device) if mask.is_cuda else 0
+    return metrics | {"peak_memory_gb": peak / 1e9}
 
 
 def evaluate(step, models, held_out, tokenizer, args):
@@ -478,7 +485,7 @@ stop_signals = []
 
 
 def require(condition, message, status=2):
-    """Else ends the run in one line: what is wrong; what to do. Status 2: the input, 1: the run."""
+    """If it does not hold, ends the run in one line: what is wrong; what to do. Status 2: input, 1: run."""
     if not condition:
         message = "".join(c if c.isprintable() else "?" for c in message)  # no text may drive the terminal
         print(f"error: {message}", file=sys.stderr)
@@ -498,9 +505,10 @@ def explained(wrong, todo, status=2):
 def check_args(args, may_be_zero):
     """Numbers in range, an output folder that is free or holds a run to go on with; sets the device."""
     for name, value in vars(args).items():
-        least = 0 if name in may_be_zero.split() else 1e-9
-        good = type(value) not in (int, float) or least <= value <= 1e9
-        require(good, f"--{name} {value} is out of range; give a number from {least} to 1e9")
+        zero = name in may_be_zero.split()
+        good = type(value) not in (int, float) or 0 < value <= 1e9 or (value == 0 and zero)
+        need = "at least 0" if zero else "above 0"
+        require(good, f"--{name} {value} is out of range; give {need}, up to 1e9")
     args.device = args.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
     folder, todo = Path(args.output_dir), "choose another --output_dir"
     is_run = (folder / "args.json").exists()
@@ -508,7 +516,7 @@ def check_args(args, may_be_zero):
     require(is_run or not args.resume, f"{folder} holds no run; leave out --resume")
     clear = not is_run or args.resume != args.overwrite
     require(clear, f"{folder} holds a run; give either --resume or --overwrite, or {todo}")
-    for name in {"model", "reward_model", "dataset"} & set(vars(args)):
+    for name in [name for name in ("model", "reward_model", "dataset") if hasattr(args, name)]:
         inside = Path(getattr(args, name)).resolve().is_relative_to(folder.resolve())
         require(not inside, f"--output_dir {folder} holds the input --{name}; {todo}")
 
@@ -521,24 +529,24 @@ def open_run(args, parts):
     folder, path = Path(args.output_dir), Path(args.output_dir, "checkpoint.pt")
     checkpoint = {"step": 0, "metrics": {}, "log_size": 0}
     if args.resume and path.exists():
-        with explained(f"cannot read {path}", "start again with --overwrite"):
+        with explained(f"cannot resume from {path}", "start again with --overwrite"):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        done, before = checkpoint["step"], checkpoint["args"]
-        for name, now in vars(args).items():
-            same, was = name in MAY_CHANGE or now == before.get(name), before.get(name)
-            require(same, f"--{name} was {was} and is now {now}; only {', '.join(MAY_CHANGE)} may change")
-        fits = done < args.steps or done == args.steps == before["steps"]
-        require(fits, f"{folder} has done {done} of {args.steps} steps; raise --steps")
-        for name, part in parts.items():
-            part.load_state_dict(checkpoint["parts"][name])
+            done, before = checkpoint["step"], checkpoint["args"]
+            for name in [name for name in vars(args) if name not in MAY_CHANGE]:
+                was, now = before.get(name), getattr(args, name)
+                require(was == now, f"--{name} was {was} and is now {now}; only {MAY_CHANGE[:4]} may change")
+            fits = done < args.steps or done == args.steps == before["steps"]
+            require(fits, f"{folder} has done {done} of {args.steps} steps; raise --steps")
+            for name, part in parts.items():
+                part.load_state_dict(checkpoint["parts"][name])
     with explained(f"cannot write to {folder}", "choose another --output_dir"):
         folder.mkdir(parents=True, exist_ok=True)
-        old = [path, folder / "config.json", *folder.glob("samples_*.jsonl")] if args.overwrite else []
-        for file in old:  # a model without config.json is not taken for this run's
-            file.unlink(missing_ok=True)
+        if not checkpoint["metrics"]:  # no model and no text of an old run is taken for this one's
+            for file in (path, folder / "config.json", *folder.glob("samples_*.jsonl")):
+                file.unlink(missing_ok=True)
         (folder / "args.json").write_text(json.dumps({"args": vars(args)}, indent=2))
         with open(folder / "metrics.jsonl", "a") as log:
-            log.truncate(checkpoint["log_size"])
+            log.truncate(min(log.tell(), checkpoint["log_size"]))
     signal.signal(signal.SIGINT, on_signal)
     signal.signal(signal.SIGTERM, on_signal)
     return checkpoint["step"], checkpoint["metrics"]
@@ -548,7 +556,7 @@ def on_signal(number, frame):
     """Lets the step finish and save, and says so at once; the same signal again ends at once."""
     stop_signals.append(number)
     signal.signal(number, signal.SIG_DFL)
-    print("stopping after this step, which will be saved", file=sys.stderr, flush=True)
+    os.write(2, b"stopping after this step, which will be saved\n")  # print could be what was interrupted
 
 
 def end_step(args, step, metrics, parts, tokenizer):
@@ -557,14 +565,14 @@ def end_step(args, step, metrics, parts, tokenizer):
     parts: as in open_run; the models among them are exported to the subfolders they are named by.
     """
     folder, stop = Path(args.output_dir), list(stop_signals)  # later signals wait for the next step
-    with open(folder / "metrics.jsonl", "a") as log:
-        log.write(json.dumps({"step": step} | metrics) + "\n")
     due = args.save_every and step > 0 and step % args.save_every == 0
-    if due or stop or step == args.steps:
-        state = {"step": step, "metrics": metrics, "args": vars(args)}
-        state["log_size"] = (folder / "metrics.jsonl").stat().st_size
-        state["parts"] = {name: part.state_dict() for name, part in parts.items()}
-        with explained(f"cannot save step {step}", "make room and --resume: the last checkpoint is whole", 1):
+    with explained(f"cannot save step {step}", "make room, then --resume from the last checkpoint", 1):
+        with open(folder / "metrics.jsonl", "a") as log:
+            log.write(json.dumps({"step": step} | metrics) + "\n")
+        if due or stop or step == args.steps:
+            state = {"step": step, "metrics": metrics, "args": vars(args)}
+            state["log_size"] = (folder / "metrics.jsonl").stat().st_size
+            state["parts"] = {name: part.state_dict() for name, part in parts.items()}
             for name in [x for x, part in parts.items() if isinstance(part, transformers.PreTrainedModel)]:
                 parts[name].save_pretrained(folder / name)
                 tokenizer.save_pretrained(folder / name)
@@ -576,7 +584,7 @@ def end_step(args, step, metrics, parts, tokenizer):
 
 
 def guard(main, args_class):
-    """Command line -> main(args). An expected failure becomes one line and an exit status, no traceback."""
+    """Command line -> main(args). What a user can mend ends the run in one line, not in a traceback."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
@@ -584,7 +592,12 @@ def guard(main, args_class):
     with explained("cannot read the command line", "see --help"):
         parser = transformers.HfArgumentParser(args_class, allow_abbrev=False, exit_on_error=False)
         (args,) = parser.parse_args_into_dataclasses(look_for_args_file=False)
-    main(args)
+    try:
+        main(args)
+    except KeyboardInterrupt:
+        require(False, "interrupted; what was saved is kept", 130)
+    except torch.OutOfMemoryError:
+        require(False, "out of memory; lower --micro_batch_size, which may change on --resume, or lengths", 1)
 
 
 # ------------------------------------------------------------------------------------------------------ main
@@ -616,13 +629,13 @@ def estimate_advantages(critic, batch, score, beta, args):
 
 def losses(policy, critic, batch, rows, resting, args):
     """Loss of the policy, loss of the critic, and stats, all means over the tokens of these rows."""
-    tokens, settings = [batch[x][rows] for x in TOKENS], args.value_clip_range or None
+    tokens, value_clip = [batch[x][rows] for x in TOKENS], args.value_clip_range or None
     mask, old, advantages = (batch[x][rows] for x in ("response_mask", "logp_old_tok", "advantages"))
     with autocast(args):
         with torch.set_grad_enabled(not resting):
             distributions = response_distributions(policy, *tokens, args.temperature)  # (n, R, V)
         value = read_values(critic, *tokens)
-    new = distributions.gather(-1, tokens[2].unsqueeze(-1)).squeeze(-1)
+    new = distributions.gather(-1, batch["response_ids"][rows].unsqueeze(-1)).squeeze(-1)
     if args.policy_loss == "clip":
         loss, stats = ppo_clip_loss(new, old, advantages, mask, args.clip_range)
     else:
@@ -630,7 +643,7 @@ def losses(policy, critic, batch, rows, resting, args):
     if args.entropy_coef:
         entropy = -(distributions.exp() * distributions).sum(-1)
         loss = loss - args.entropy_coef * masked_mean(entropy, mask)
-    critic_loss = value_loss(value, batch["value_old_tok"][rows], batch["returns"][rows], mask, settings)
+    critic_loss = value_loss(value, batch["value_old_tok"][rows], batch["returns"][rows], mask, value_clip)
     return loss, critic_loss, stats | {"loss": loss.item(), "value_loss": critic_loss.item()}
 
 
@@ -667,7 +680,7 @@ def update_models(models, optimizers, batch, minibatch, demonstrations, step, to
     total["log_ratio_max"] = largest
     if args.ptx_coef:
         examples = [demonstrations[row] for row in torch.randint(len(demonstrations), (len(minibatch),))]
-        if not resting:
+        if not resting:  # the examples are drawn in any case: the random numbers behind them stay the same
             total["ptx_logp"] = backward_demonstrations(models[0], examples, tokenizer, args)
     norms = [torch.nn.utils.clip_grad_norm_(m.parameters(), args.max_grad_norm).item() for m in models]
     total["grad_norm"], total["critic_grad_norm"] = norms
@@ -684,11 +697,9 @@ def main(args):
     for name, value in PRESETS[args.preset].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    weights = "beta lam penalty_coef value_clip_range reward_clip advantage_clip entropy_coef ptx_coef"
-    others = (
-        "critic_warmup_steps reward_shift missing_eos_penalty seed micro_batch_size eval_every save_every"
-    )
-    check_args(args, f"{weights} {others}")
+    may_be_zero = "beta lam penalty_coef value_clip_range reward_clip advantage_clip entropy_coef ptx_coef "
+    may_be_zero += "critic_warmup_steps reward_shift missing_eos_penalty "
+    check_args(args, may_be_zero + "seed micro_batch_size eval_every save_every")
     B, K = args.prompts_per_step, args.num_responses
     args.micro_batch_size = args.micro_batch_size or args.minibatch_size
     require(B % args.minibatch_size == 0, "--minibatch_size does not divide --prompts_per_step; alter it")
@@ -713,7 +724,7 @@ def main(args):
     parts = {"": policy, "critic": critic, "optimizer": optimizers[0], "critic_optimizer": optimizers[1]}
     parts, start = parts | {"normalizer": normalizer}, time.perf_counter()
     done, metrics = open_run(args, parts)
-    if done == 0:
+    if not metrics:
         metrics = evaluate(0, models, held_out, tokenizer, args)
         end_step(args, 0, metrics, parts, tokenizer)
 
@@ -729,9 +740,9 @@ def main(args):
         clock.append(time.perf_counter())
         # 2. Score them. Token rewards from the (normalised) scores and the KL; values; advantages, returns.
         batch = score_batch(batch, models, args.micro_batch_size * K, args)
-        beta = args.beta
-        if args.kl_target and step > 1:  # metrics: still of the step before
-            beta = adaptive_beta(metrics["beta"], metrics["kl_exact"], args.kl_target, args.kl_horizon, B * K)
+        beta = metrics.get("beta", args.beta)  # metrics: still of the step before
+        if args.kl_target and step > args.critic_warmup_steps + 1:
+            beta = adaptive_beta(beta, metrics["kl_exact"], args.kl_target, args.kl_horizon, B * K)
         metrics = batch_metrics(batch, K, args.beta) | {"beta": beta}
         score = normalizer((batch["score"].view(B, K) + delta[numbers]).flatten())  # (N,)
         metrics |= estimate_advantages(critic, batch, score, beta, args)

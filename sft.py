@@ -25,6 +25,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait choke a busy machine
+
 import datasets
 import torch
 import transformers
@@ -117,7 +119,8 @@ def read_rows(name, splits, columns, tokenizer, args, limit=None):
     used = f"{name} [{split}]: {len(rows)} of {len(texts['prompt'])} rows are within the length limits"
     todo = f"raise --prompt_length {args.prompt_length} or --response_length {args.response_length}"
     require(len(rows) > LEAST_SHARE * len(texts["prompt"]), f"{used}; {todo}")
-    print(used, flush=True)
+    less = "" if 2 * len(rows) > len(texts["prompt"]) else "warning, less than half: "
+    print(less + used, flush=True)
     return rows[:limit]
 
 
@@ -143,7 +146,8 @@ def load_tokenizer(name):
 
 def load_model(auto_class, name, tokenizer, args, may_miss=(), **options):
     """A decoder-only model in float32 and eval mode: no dropout, ever. may_miss: weights made afresh."""
-    with explained(f"cannot use {name!r} as a model on --device {args.device}", "name a decoder-only one"):
+    todo = "name a decoder-only one, with embeddings for EOS and padding, or another --device"
+    with explained(f"cannot use {name!r} as a model on --device {args.device}", todo):
         options |= {"dtype": torch.float32, "output_loading_info": True}
         model, info = auto_class.from_pretrained(name, **options)
         model = model.eval().to(args.device)
@@ -157,6 +161,7 @@ def load_model(auto_class, name, tokenizer, args, may_miss=(), **options):
     require(same, f"{name!r} sees padding or later tokens, or is not finite; use a decoder-only model")
     whole = set(info["missing_keys"]) <= set(may_miss) and "score.weight" not in info["unexpected_keys"]
     whole &= hasattr(model, "score") or "num_labels" not in options
+    whole &= not getattr(model, "_hf_peft_config_loaded", False)  # an adapter on some other model
     require(whole, f"{name!r} is not a whole {auto_class.__name__.removeprefix('AutoModelFor')}; name one")
     need = args.prompt_length + args.response_length
     most = getattr(model.config, "max_position_embeddings", None) or need
@@ -224,7 +229,7 @@ stop_signals = []
 
 
 def require(condition, message, status=2):
-    """Else ends the run in one line: what is wrong; what to do. Status 2: the input, 1: the run."""
+    """If it does not hold, ends the run in one line: what is wrong; what to do. Status 2: input, 1: run."""
     if not condition:
         message = "".join(c if c.isprintable() else "?" for c in message)  # no text may drive the terminal
         print(f"error: {message}", file=sys.stderr)
@@ -244,9 +249,10 @@ def explained(wrong, todo, status=2):
 def check_args(args, may_be_zero):
     """Numbers in range, an output folder that is free or holds a run to go on with; sets the device."""
     for name, value in vars(args).items():
-        least = 0 if name in may_be_zero.split() else 1e-9
-        good = type(value) not in (int, float) or least <= value <= 1e9
-        require(good, f"--{name} {value} is out of range; give a number from {least} to 1e9")
+        zero = name in may_be_zero.split()
+        good = type(value) not in (int, float) or 0 < value <= 1e9 or (value == 0 and zero)
+        need = "at least 0" if zero else "above 0"
+        require(good, f"--{name} {value} is out of range; give {need}, up to 1e9")
     args.device = args.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
     folder, todo = Path(args.output_dir), "choose another --output_dir"
     is_run = (folder / "args.json").exists()
@@ -254,7 +260,7 @@ def check_args(args, may_be_zero):
     require(is_run or not args.resume, f"{folder} holds no run; leave out --resume")
     clear = not is_run or args.resume != args.overwrite
     require(clear, f"{folder} holds a run; give either --resume or --overwrite, or {todo}")
-    for name in {"model", "reward_model", "dataset"} & set(vars(args)):
+    for name in [name for name in ("model", "reward_model", "dataset") if hasattr(args, name)]:
         inside = Path(getattr(args, name)).resolve().is_relative_to(folder.resolve())
         require(not inside, f"--output_dir {folder} holds the input --{name}; {todo}")
 
@@ -267,24 +273,24 @@ def open_run(args, parts):
     folder, path = Path(args.output_dir), Path(args.output_dir, "checkpoint.pt")
     checkpoint = {"step": 0, "metrics": {}, "log_size": 0}
     if args.resume and path.exists():
-        with explained(f"cannot read {path}", "start again with --overwrite"):
+        with explained(f"cannot resume from {path}", "start again with --overwrite"):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        done, before = checkpoint["step"], checkpoint["args"]
-        for name, now in vars(args).items():
-            same, was = name in MAY_CHANGE or now == before.get(name), before.get(name)
-            require(same, f"--{name} was {was} and is now {now}; only {', '.join(MAY_CHANGE)} may change")
-        fits = done < args.steps or done == args.steps == before["steps"]
-        require(fits, f"{folder} has done {done} of {args.steps} steps; raise --steps")
-        for name, part in parts.items():
-            part.load_state_dict(checkpoint["parts"][name])
+            done, before = checkpoint["step"], checkpoint["args"]
+            for name in [name for name in vars(args) if name not in MAY_CHANGE]:
+                was, now = before.get(name), getattr(args, name)
+                require(was == now, f"--{name} was {was} and is now {now}; only {MAY_CHANGE[:4]} may change")
+            fits = done < args.steps or done == args.steps == before["steps"]
+            require(fits, f"{folder} has done {done} of {args.steps} steps; raise --steps")
+            for name, part in parts.items():
+                part.load_state_dict(checkpoint["parts"][name])
     with explained(f"cannot write to {folder}", "choose another --output_dir"):
         folder.mkdir(parents=True, exist_ok=True)
-        old = [path, folder / "config.json", *folder.glob("samples_*.jsonl")] if args.overwrite else []
-        for file in old:  # a model without config.json is not taken for this run's
-            file.unlink(missing_ok=True)
+        if not checkpoint["metrics"]:  # no model and no text of an old run is taken for this one's
+            for file in (path, folder / "config.json", *folder.glob("samples_*.jsonl")):
+                file.unlink(missing_ok=True)
         (folder / "args.json").write_text(json.dumps({"args": vars(args)}, indent=2))
         with open(folder / "metrics.jsonl", "a") as log:
-            log.truncate(checkpoint["log_size"])
+            log.truncate(min(log.tell(), checkpoint["log_size"]))
     signal.signal(signal.SIGINT, on_signal)
     signal.signal(signal.SIGTERM, on_signal)
     return checkpoint["step"], checkpoint["metrics"]
@@ -294,7 +300,7 @@ def on_signal(number, frame):
     """Lets the step finish and save, and says so at once; the same signal again ends at once."""
     stop_signals.append(number)
     signal.signal(number, signal.SIG_DFL)
-    print("stopping after this step, which will be saved", file=sys.stderr, flush=True)
+    os.write(2, b"stopping after this step, which will be saved\n")  # print could be what was interrupted
 
 
 def end_step(args, step, metrics, parts, tokenizer):
@@ -303,14 +309,14 @@ def end_step(args, step, metrics, parts, tokenizer):
     parts: as in open_run; the models among them are exported to the subfolders they are named by.
     """
     folder, stop = Path(args.output_dir), list(stop_signals)  # later signals wait for the next step
-    with open(folder / "metrics.jsonl", "a") as log:
-        log.write(json.dumps({"step": step} | metrics) + "\n")
     due = args.save_every and step > 0 and step % args.save_every == 0
-    if due or stop or step == args.steps:
-        state = {"step": step, "metrics": metrics, "args": vars(args)}
-        state["log_size"] = (folder / "metrics.jsonl").stat().st_size
-        state["parts"] = {name: part.state_dict() for name, part in parts.items()}
-        with explained(f"cannot save step {step}", "make room and --resume: the last checkpoint is whole", 1):
+    with explained(f"cannot save step {step}", "make room, then --resume from the last checkpoint", 1):
+        with open(folder / "metrics.jsonl", "a") as log:
+            log.write(json.dumps({"step": step} | metrics) + "\n")
+        if due or stop or step == args.steps:
+            state = {"step": step, "metrics": metrics, "args": vars(args)}
+            state["log_size"] = (folder / "metrics.jsonl").stat().st_size
+            state["parts"] = {name: part.state_dict() for name, part in parts.items()}
             for name in [x for x, part in parts.items() if isinstance(part, transformers.PreTrainedModel)]:
                 parts[name].save_pretrained(folder / name)
                 tokenizer.save_pretrained(folder / name)
@@ -322,7 +328,7 @@ def end_step(args, step, metrics, parts, tokenizer):
 
 
 def guard(main, args_class):
-    """Command line -> main(args). An expected failure becomes one line and an exit status, no traceback."""
+    """Command line -> main(args). What a user can mend ends the run in one line, not in a traceback."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
@@ -330,7 +336,12 @@ def guard(main, args_class):
     with explained("cannot read the command line", "see --help"):
         parser = transformers.HfArgumentParser(args_class, allow_abbrev=False, exit_on_error=False)
         (args,) = parser.parse_args_into_dataclasses(look_for_args_file=False)
-    main(args)
+    try:
+        main(args)
+    except KeyboardInterrupt:
+        require(False, "interrupted; what was saved is kept", 130)
+    except torch.OutOfMemoryError:
+        require(False, "out of memory; lower --micro_batch_size, which may change on --resume, or lengths", 1)
 
 
 # ------------------------------------------------------------------------------------------------------ main
@@ -373,7 +384,7 @@ def main(args):
     optimizer = torch.optim.AdamW(model.parameters(), args.learning_rate, weight_decay=0.0)
     parts, start = {"": model, "optimizer": optimizer}, time.perf_counter()
     done, metrics = open_run(args, parts)
-    if done == 0:
+    if not metrics:
         metrics = held_out_perplexity(0, model, held_out, tokenizer, args)
         end_step(args, 0, metrics, parts, tokenizer)
 

@@ -22,6 +22,7 @@ import json
 import math
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -826,6 +827,39 @@ def write_report(experiment, args):
     figure.savefig(Path(args.folder, f"{experiment}.png"), dpi=150)
 
 
+PAGES = "README.md", "results/README.md"
+BLOCK = re.compile(r"(<!-- results:(\w+) (\{.*?\}) -->\n).*?(<!-- /results -->)", re.S)
+
+
+def fill_page(path, folder):
+    """Writes the tables of a page, each behind a comment that says where every number of it comes from.
+
+    {"table", "where": {column: value}, "row": column, "columns": [[title, {column: value}, value], ...]}: a
+    line for each value of the column "row", a cell from the one row of EXPERIMENT.csv that fits.
+    """
+
+    def table(match):
+        with open(Path(folder, f"{match[2]}.csv")) as file:
+            rows, spec = list(csv.DictReader(file)), json.loads(match[3])
+        rows = [row for row in rows if row["table"] == spec["table"]]
+        rows = [row for row in rows if all(row[x] == y for x, y in spec.get("where", {}).items())]
+        lines = [[spec.get("title", spec["row"]), *(title for title, _, _ in spec["columns"])]]
+        for label in dict.fromkeys(row[spec["row"]] for row in rows):
+            lines.append([label])
+            for _, where, value in spec["columns"]:
+                wanted = where | {spec["row"]: label}
+                found = [row for row in rows if all(row[x] == y for x, y in wanted.items())]
+                ends = [found[0].get(f"{value}_{end}") for end in ("low", "high")] if len(found) == 1 else []
+                interval = f" [{', '.join(ends)}]" if ends and all(ends) else ""
+                lines[-1].append(found[0][value] + interval if len(found) == 1 else "")
+        return f"{match[1]}{theory.markdown_table(lines)}\n{match[4]}"
+
+    page = path.read_text()
+    filled = BLOCK.sub(table, page)
+    if filled != page:
+        path.write_text(filled)
+
+
 # -------------------------------------------------------------------------------------------------- pictures
 def panels(count, width=4.2, height=4.0):
     """A figure with panels side by side."""
@@ -1002,6 +1036,8 @@ def main(args):
         if not args.plots_only and experiment == "frontier":
             estimate_optimum(args)
         write_report(experiment, args)
+    for page in PAGES if Path(args.folder) == ROOT / "results" else ():
+        fill_page(ROOT / page, args.folder)
 
 
 if __name__ == "__main__":

@@ -111,6 +111,10 @@ def make_models(folder):
     for path in (folder / "no_tokenizer").glob("tokenizer*"):
         path.unlink()
     (folder / "no_config" / "config.json").unlink()
+    shutil.copytree(folder / "no_config", folder / "adapter")
+    (folder / "adapter" / "model.safetensors").rename(folder / "adapter" / "adapter_model.safetensors")
+    adapter = {"peft_type": "LORA", "base_model_name_or_path": "lm", "r": 2, "task_type": "CAUSAL_LM"}
+    (folder / "adapter" / "adapter_config.json").write_text(json.dumps(adapter))
     (folder / "bad_config" / "config.json").write_text('{"model_type": "gpt2", ')
     whole = (folder / "cut" / "model.safetensors").read_bytes()
     (folder / "cut" / "model.safetensors").write_bytes(whole[: len(whole) // 2])
@@ -225,6 +229,7 @@ CASES = [
     case("no weights", ["'no_weights'"], ("reward_model", *RL), model="no_weights"),
     case("no tokenizer", ["'no_tokenizer'", "tokenizer"], model="no_tokenizer"),
     case("no EOS", ["'no_eos'", "EOS"], model="no_eos"),
+    case("an adapter", ["'adapter'"], model="adapter"),
     case("no config", ["'no_config'"], model="no_config"),
     case("broken config", ["'bad_config'"], model="bad_config"),
     case("weights cut short", ["'cut'"], model="cut"),
@@ -386,15 +391,34 @@ def test_help_names_every_flag(script, capfd):
 
 
 def test_what_may_change_on_resume(world, capfd):
-    """More steps and another --save_every go on from the checkpoint; fewer steps than are done are an error."""
+    """More steps, another --save_every or --micro_batch_size go on; fewer steps than are done are an error."""
     log, argv = world / "out" / "metrics.jsonl", functools.partial(arguments, "p3o", output_dir="out")
     assert run_inside("p3o", argv()) == 0
-    assert run_inside("p3o", [*argv(steps=2, save_every=7), "--resume"]) == 0
+    assert run_inside("p3o", [*argv(steps=2, save_every=7, micro_batch_size=1), "--resume"]) == 0
     assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [0, 1, 2]
     before, _ = log.read_bytes(), capfd.readouterr()
     assert run_inside("p3o", [*argv(), "--resume"]) == 2
     check_line(capfd.readouterr().err, ["--steps"])
     assert log.read_bytes() == before
+
+
+@pytest.mark.parametrize("script", ["sft", "p3o"])
+def test_most_rows_too_long(script, world, tmp_path, capfd):
+    """Below half it is said, below a tenth refused: ten short prompts among many long ones are no data set."""
+    for kept, said in (
+        (5, "data [train]: 5 of 8"),
+        (3, "warning, less than half: data [train]: 3 of 8"),
+        (0, "error: "),
+    ):
+        rows = [{x: "a" if i < kept else "x" * 17 for x in COLUMNS} for i in range(8)]
+        folder = tmp_path / f"{kept}" / "data"
+        folder.mkdir(parents=True)
+        for split in ("train", "validation"):
+            (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        flags = arguments(script, dataset=folder, output_dir=tmp_path / f"{kept}" / "run")
+        assert run_inside(script, flags) == (2 if kept == 0 else 0)
+        printed = "".join(capfd.readouterr())
+        assert said.replace("data [", f"{folder} [") in printed, printed
 
 
 def test_a_model_without_a_limit_on_its_length(tmp_path):

@@ -42,7 +42,7 @@ def test_texts_are_taken_literally_and_long_ones_left_out_and_counted(tmp_path, 
     found = sft.read_rows(name, ["train"], ["completion"], tokenizer, args)
     assert [row["prompt_ids"] for row in found] == [[3, 1, 4], [5]]
     assert [row["response_ids"] for row in found] == [[[6, 7, 1]], [[1, 1]]]
-    assert capsys.readouterr().out == f"{name} [train]: 2 of 5 rows are within the length limits\n"
+    assert capsys.readouterr().out == f"warning, less than half: {name} [train]: 2 of 5 rows are within the length limits\n"
     both = sft.read_rows(name, ["train"], ["completion", "prompt"], tokenizer, p3o.Args(), limit=2)
     assert [row["response_ids"] for row in both] == [[[6, 7, 1], [3, 1, 4, 1]], [[1, 1], [5, 1]]]
     assert sft.read_rows(name, ["train"], [], tokenizer, args)[0] == {

@@ -290,6 +290,17 @@ def test_adaptive_beta_by_hand(kl, expected):
     assert ppo.adaptive_beta(0.1, kl, target=6.0, horizon=10000, n=128) == pytest.approx(expected, rel=1e-12)
 
 
+def test_adaptive_beta_stays_positive_and_acts_within_a_run():
+    """A horizon far below a rollout moves it by a fifth at most; the default one by much within --steps."""
+    for kl, factor in ((0.0, 0.8), (100.0, 1.2)):
+        assert ppo.adaptive_beta(0.5, kl, target=1.0, horizon=1, n=128) == pytest.approx(0.5 * factor)
+    args, beta = ppo.Args(), 0.5
+    for _ in range(args.steps):
+        n = args.prompts_per_step * args.num_responses
+        beta = ppo.adaptive_beta(beta, 100.0, 1.0, args.kl_horizon, n)
+    assert beta > 1.0
+
+
 # ---------------------------------------------------------------------------------------- equivalent rewards
 
 
@@ -647,7 +658,7 @@ def test_adaptive_beta_moves_by_the_rollouts_kl(world, tmp_path):
     for row in rows[1:]:
         assert row["beta"] == pytest.approx(beta, rel=1e-12)
         assert row["objective"] == pytest.approx(row["reward"] - 0.2 * row["kl"], abs=1e-6)
-        beta *= 1 + min(max(row["kl"] / 0.001 - 1, -0.2), 0.2)
+        beta = ppo.adaptive_beta(beta, row["kl_exact"], 0.001, 8, 8)
 
 
 def test_critic_pretraining_leaves_the_policy_alone(world, tmp_path):

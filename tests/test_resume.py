@@ -384,11 +384,17 @@ def test_overwriting(undisturbed, new_run):
 
 
 # ----------------------------------------------------------------------------------------- SIGINT and SIGTERM
-@pytest.mark.parametrize("which, name", [(signal.SIGINT, "p3o"), (signal.SIGTERM, "sft")])
-def test_signals_save_and_exit(which, name, undisturbed, new_run):
-    """Ctrl-C and a scheduler's notice: said at once, saved after the step, exit status 128 + signal."""
-    run, operation = new_run(name), random.Random(f"{name} {SEED}").randint(3, 20)
-    assert run.go((send_at, operation, which)) == 128 + which, run.said()
+@pytest.mark.parametrize(
+    "which, name, where",
+    [(signal.SIGINT, "p3o", "run/"), (signal.SIGTERM, "sft", "run/"), (signal.SIGINT, "p3o", "samples_0")],
+)
+def test_signals_save_and_exit(which, name, where, undisturbed, new_run):
+    """Ctrl-C and a scheduler's notice: said at once, saved after the step, exit status 128 + signal.
+
+    Also where the step is that before the first: the evaluation of the SFT model."""
+    operation = random.Random(f"{name} {SEED}").randint(4, 20) if where == "run/" else 1
+    run = new_run(name)
+    assert run.go((send_at, operation, which, 1, where)) == 128 + which, run.said()
     step, lines = run.checkpoint()["step"], run.said().splitlines()
     at_once = lines.index("stopping after this step, which will be saved")
     assert lines[at_once + 1] == "signal sent" and "Traceback" not in run.said()
