@@ -22,6 +22,7 @@ import json
 import math
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -53,16 +54,22 @@ METHODS = {  # name: script, its flags, color (Okabe and Ito, for every kind of 
     "ppo-max": ("ppo.py", {"preset": "ppo_max", "learning_rate": 1e-3}, "#56B4E9"),
     "dpo": ("dpo.py", {}, "#CC79A7"),
     "online-dpo": ("dpo.py", {"online": True}, "#009E73"),
-    "ppo-unwhitened": ("ppo.py", {"whiten_advantages": False}, "#555555"),  # equivalence only
+    # variants, for one question each
+    "ppo-unwhitened": ("ppo.py", {"whiten_advantages": False}, "#555555"),
+    "ppo-lam1": ("ppo.py", {"lam": 1.0}, "#44AA99"),
+    "ppo-no-critic": ("ppo.py", {"lam": 1.0, "critic_init": "sft", "critic_learning_rate": 1e-9}, "#999933"),
+    "p3o-v2-norm-unclipped": ("p3o.py", {"max_grad_norm": 1000.0}, "#882255"),
 }
-COMPARED = [name for name in METHODS if name != "ppo-unwhitened"]
+COMPARED = list(METHODS)[:7]
+TUNED = list(METHODS)[:8]
 SHORT = {"reward_shift": "shift", "num_responses": "K", "epochs": "epochs", "learning_rate": "lr"}  # in names
 BETA = p3o.Args().beta
 PROMPTS, RESPONSES, POOLED, BATCHES = 128, 16, 32, 100  # POOLED: responses per policy that draw the optimum
 MATCHED_KL = 0.5, 1.0, 2.0, 3.0
 RATES = 1e-4, 3e-4, 1e-3  # the learning rates tried, the same for every method; one more where the best was
 WIDER = {"dpo": 3e-5, "online-dpo": 3e-5, "ppo-max": 3e-3}  # the lowest or the highest of them
-SEEDS = {"frontier": 5, "head_to_head": 5, "equivalence": 5, "responses": 3, "overoptimisation": 2}  # else 1
+SEEDS = {"frontier": 5, "head_to_head": 5, "equivalence": 5, "critic": 5}
+SEEDS |= {"responses": 3, "overoptimisation": 2}  # else 1
 SHIFTS = 0, 1, 4, 16  # times the spread of the reward among the responses to a prompt
 PAPER = {("p3o-v2", "ppo"): "57.0", ("p3o-v2", "sft"): "69.3", ("dpo", "p3o-v2"): "45.4"}  # GPT-4, HH, 6B
 T975 = 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262  # Student's t for 1, 2, ... degrees
@@ -99,6 +106,30 @@ def interpolate(points, kl):
     return [gain if math.isfinite(gain) else None for gain in gains]
 
 
+def interpolate_shares(points, kl, best):
+    """Gains of a method at the given KLs from [(kl, gain), ...]: its share of the optimum's gain, linear in
+    sqrt(KL) between its points and constant below the first, times the optimum's; None beyond the last.
+
+    best: the optimum's gains at a list of KLs. A chord between gains would lie below even the optimum's
+    curve, and the more so the further the points are apart.
+    """
+    known = [
+        (k, gain, top) for (k, gain), top in zip(points, best([k for k, _ in points])) if k > 1e-6 and top
+    ]
+    if not known:
+        return [None] * len(kl)
+    known.sort()
+    x = torch.tensor([k for k, _, _ in known], dtype=torch.float64).sqrt()
+    shares = torch.tensor([gain / top for _, gain, top in known], dtype=torch.float64)
+    at = torch.tensor(kl, dtype=torch.float64).sqrt()
+    right = torch.searchsorted(x, at).clamp(max=len(x) - 1)
+    left = (right - 1).clamp(min=0)
+    way = ((at - x[left]) / (x[right] - x[left]).clamp(min=1e-12)).clamp(0, 1)
+    share = (shares[left] * (1 - way) + shares[right] * way).tolist()
+    inside = (at <= x[-1] + 1e-9).tolist()
+    return [s * top if ok and top is not None else None for s, top, ok in zip(share, best(kl), inside)]
+
+
 def group(points, keys, values):
     """One row for each combination of the keys: the number of seeds, and a stat of every value."""
     groups = {}
@@ -132,7 +163,7 @@ def plan(experiment, args):
     if experiment == "tuning":
         return [
             make_run(m, BETA, 0, steps, learning_rate=rate) | {"learning rate": f"{rate:g}"}
-            for m in METHODS
+            for m in TUNED
             for rate in sorted({*RATES, WIDER.get(m, RATES[0])})
         ]
     many = {"frontier": COMPARED, "head_to_head": COMPARED}.get(experiment)
@@ -143,11 +174,14 @@ def plan(experiment, args):
         spread = (read_log(args, "sft") or {}).get("reward_spread")
         shifts = [(f, float(f"{f * spread:.2g}")) for f in SHIFTS] if spread else []
         return [
-            make_run(m, BETA, seed, steps, reward_shift=shift) | {"times": f, "shift": f"{shift:g}"}
+            make_run(m, BETA, seed, steps, reward_shift=shift) | {"times": f}
             for seed in seeds
             for m in ("p3o-v2", "ppo", "ppo-max", "ppo-unwhitened")
             for f, shift in shifts
         ]
+    if experiment == "critic":
+        methods = "ppo", "ppo-lam1", "p3o-v2", "p3o-v2-norm-unclipped", "ppo-no-critic"
+        return [make_run(m, BETA, seed, steps) for seed in seeds for m in methods]
     if experiment == "overoptimisation":
         small, methods = float(f"{0.1 * BETA:.2g}"), ("p3o-v2", "ppo", "dpo", "online-dpo")
         return [make_run(m, small, seed, steps, eval_every=10) for seed in seeds for m in methods]
@@ -167,12 +201,12 @@ def plan(experiment, args):
             for m in ("p3o-v2", "p3o-v1", "ppg")
             for epochs in (1, 2, 4, 8)
         ]
-    return [make_run(m, BETA, 1, steps) for m in ("p3o-v2", "ppo")]  # variance: a policy and a critic
+    return [make_run("ppo", BETA, 1, steps)]  # variance: a policy and its critic
 
 
 def call(script, flags, folder, *more):
     """Runs a script, one thread, continuing what was interrupted. Its last line, None if it failed."""
-    command = [sys.executable, str(ROOT / script), "--output_dir", str(folder), *more]
+    command = [sys.executable, *script.split(), "--output_dir", str(folder), *more]
     command += [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     command += ["--resume"] if Path(folder, "args.json").exists() and script != "toy.py" else []
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -291,10 +325,17 @@ def read_curve(folder):
             names = "step", "eval_reward", "eval_kl_exact", "eval_response_length", "eval_eos_rate"
             point = {name: row[name] for name in names}
             texts = [json.loads(line) for line in open(folder / f"samples_{row['step']}.jsonl")]
-            point["eval_gold"] = statistics.fmean(gold_reward(x["prompt"], x["response"]) for x in texts)
+            gold = [gold_reward(x["prompt"], x["response"]) for x in texts]
+            point["eval_gold"] = statistics.fmean(gold)
+            point |= {
+                "eval_gold_even": statistics.fmean(gold[::2]),
+                "eval_gold_odd": statistics.fmean(gold[1::2]),
+            }
             for name, reduce in (("clip_fraction", statistics.fmean), ("log_ratio_max", max)):
                 values = [row[name] for row in since if name in row]
                 point |= {name: reduce(values)} if values else {}
+            norms = [row["grad_norm"] for row in since if "grad_norm" in row]
+            point |= {"grad_norm_min": min(norms), "grad_norm_max": max(norms)} if norms else {}
             curve.append({name: round(value, 5) for name, value in point.items()})
             since = []
     minutes = sum(v for row in rows for k, v in row.items() if k.startswith("seconds_")) / 60
@@ -348,8 +389,12 @@ def gradients(policy, critic, batch, args):
         "VPG, batch mean": -((reward - reward.mean()) * seq).mean(),
         "leave-one-out": -((reward - others) * seq).mean(),
     }
-    for name, whiten in (("PPO", False), ("PPO, whitened", True)):
-        setting = dataclasses.replace(args, whiten_advantages=whiten)
+    for name, whiten, lam in (
+        ("PPO, lam = 1", False, 1.0),
+        ("PPO", False, args.lam),
+        ("PPO, whitened", True, args.lam),
+    ):
+        setting = dataclasses.replace(args, whiten_advantages=whiten, lam=lam)
         ppo.estimate_advantages(critic, batch, batch["score"], args.beta, setting)
         loss, _ = ppo.ppo_clip_loss(new, batch["logp_old_tok"], batch["advantages"], mask, args.clip_range)
         losses[name] = loss * mask.sum() / len(mask)
@@ -358,40 +403,74 @@ def gradients(policy, critic, batch, args):
     return {name: torch.cat([x.flatten() for x in part]).double() for name, part in parts.items()}
 
 
+def true_gradient(batches):
+    """The mean of an unbiased estimator over many batches, and the variance of that mean (trace).
+
+    PPO's with lam = 1: a baseline of the tokens before is no bias, and its noise is the least among the
+    unbiased ones here. batches: an iterable of {estimator: gradient}.
+    """
+    count, total, squares = 0, 0.0, 0.0
+    for found in batches:
+        x = found["PPO, lam = 1"]
+        count, total, squares = count + 1, total + x, squares + (x @ x).item()
+    mean = total / count
+    return mean, (squares / count - (mean @ mean).item()) / (count - 1)
+
+
+def errors_of(batches, truth, noise):
+    """{estimator: variance over batches (trace), cosine to the truth, squared error over the truth's square}.
+
+    noise: of the truth itself, taken off the squared error and the truth's square.
+    """
+    count, sums = 0, {}
+    square = (truth @ truth).item()
+    for found in batches:
+        count += 1
+        for name, x in found.items():
+            own = sums.setdefault(name, {"sum": 0.0, "squares": 0.0, "cosine": 0.0, "error": 0.0})
+            own["sum"] = own["sum"] + x
+            own["squares"] += (x @ x).item()
+            own["cosine"] += (x @ truth).item() / math.sqrt((x @ x).item() * square)
+            own["error"] += ((x - truth) @ (x - truth)).item()
+    table = {}
+    for name, own in sums.items():
+        mean = own["sum"] / count
+        variance = (own["squares"] / count - (mean @ mean).item()) * count / (count - 1)
+        error = (own["error"] / count - noise) / max(square - noise, 1e-30)
+        table[name] = {"variance": variance, "cosine": own["cosine"] / count, "error": error}
+    return table
+
+
 def measure_variance(args):
-    """logs/variance.json: moments of the gradients over batches, at the SFT and a trained policy."""
-    runs = plan("variance", args)
+    """logs/variance.json: errors of the gradients over batches, at the SFT model and at a trained policy."""
+    (run,) = plan("variance", args)
     if read_log(args, "variance"):
         return
-    train(runs, args, models=True)
+    train([run], args, models=True)
     _, tokenizer, reference, reward, _ = bench(RESPONSES)
     setting = dataclasses.replace(ppo.Args(), device="cpu", beta=BETA, micro_batch_size=64)
     prompts = p3o.read_prompts(setting.dataset, ["train"], tokenizer, setting)
-    trained, critic = (str(RUNS / run["name"]) for run in runs)
-    table, batches = {}, args.batches
+    table, trained = {}, RUNS / run["name"]
     for label, policy_folder, critic_folder in (
         ("SFT", setting.model, setting.reward_model),  # PPO's critic starts as the reward model
-        ("after P3O-V2", trained, f"{critic}/critic"),
+        ("after PPO", str(trained), str(trained / "critic")),  # a policy and the critic that grew up with it
     ):
         policy = p3o.load_model(AutoModelForCausalLM, policy_folder, tokenizer, setting)
         values = p3o.load_model(AutoModelForSequenceClassification, critic_folder, tokenizer, setting)
-        total = {}  # estimator: sum and sum of squares over the batches
-        for step in range(1, batches + 1):
-            torch.manual_seed(10**9 + step)
-            rows = p3o.data_order(len(prompts), setting.prompts_per_step, step, 10**3)
-            examples, K = [prompts[row] for row in rows], setting.num_responses
-            batch = p3o.sample_batch(policy, examples, K, tokenizer, setting)
-            batch = p3o.score_batch(batch, (policy, reference, reward), 64 * K, setting)
-            for name, x in gradients(policy, values, batch, setting).items():
-                sums = total.setdefault(name, [torch.zeros_like(x), torch.zeros_like(x)])
-                sums[0] += x
-                sums[1] += x * x
-        table[label] = {}
-        for name, (first, second) in total.items():
-            trace = ((second - first**2 / batches) / (batches - 1)).sum().item()
-            squared = max(((first / batches) ** 2).sum().item() - trace / batches, 0.0)  # without its noise
-            table[label][name] = {"trace": trace, "mean_norm": squared**0.5, "parameters": len(first)}
-    write_log(args, "variance", origin() | {"batches": batches, "policies": table})
+
+        def batches(seed, count, policy=policy, values=values):
+            for step in range(1, count + 1):
+                torch.manual_seed(seed * 10**6 + step)
+                rows = p3o.data_order(len(prompts), setting.prompts_per_step, step, seed)
+                examples, K = [prompts[row] for row in rows], setting.num_responses
+                batch = p3o.sample_batch(policy, examples, K, tokenizer, setting)
+                batch = p3o.score_batch(batch, (policy, reference, reward), 64 * K, setting)
+                yield gradients(policy, values, batch, setting)
+
+        truth, noise = true_gradient(batches(1001, args.batches))
+        table[label] = errors_of(batches(1000, args.batches), truth, noise)
+        table[label] |= {"norm of the truth": math.sqrt(max((truth @ truth).item() - noise, 0.0))}
+    write_log(args, "variance", origin() | {"batches": args.batches, "policies": table})
 
 
 # --------------------------------------------------------------------------------------------------- reports
@@ -403,7 +482,8 @@ class Logs:
         runs = plan(experiment, args)
         self.logs = {run["name"]: read_log(args, run["name"], run["flags"]) for run in runs}
         self.missing = [name for name, log in self.logs.items() if not log]
-        needed = ["sft"] if experiment in ("tuning", "equivalence", "head_to_head") else ["sft", "optimum"]
+        alone = experiment in ("tuning", "equivalence", "critic", "head_to_head")
+        needed = ["sft"] if alone else ["sft", "optimum"]
         self.missing += [name for name in needed if not getattr(self, name)]
         self.base = {name: statistics.fmean(x) for name, x in self.sft["prompts"].items()} if self.sft else {}
         self.points = [self.point(run) for run in runs if self.logs[run["name"]]] if self.sft else []
@@ -416,7 +496,9 @@ class Logs:
         point |= {name: means[name] for name in ("kl", "length", "eos")}
         point["objective"] = gain - run["beta"] * means["kl"]
         point["efficiency"] = gain / best if best and means["kl"] > 1e-6 else None
-        for name, reduce in (("clip_fraction", statistics.fmean), ("log_ratio_max", max)):
+        reducers = {"clip_fraction": statistics.fmean, "log_ratio_max": max}
+        reducers |= {"grad_norm_min": min, "grad_norm_max": max}
+        for name, reduce in reducers.items():
             values = [row[name] for row in log["curve"] if name in row]
             point[name] = reduce(values) if values else None
         return point
@@ -456,7 +538,10 @@ def frontier(logs):
     tables = {"every beta": group(logs.points, ("method", "beta"), values)}
     matched, paired, areas, at = [], [], [], {}
     for method in COMPARED:
-        at[method] = {seed: interpolate(curve, MATCHED_KL) for seed, curve in logs.seeds(method).items()}
+        curves = logs.seeds(method)
+        at[method] = {
+            seed: interpolate_shares(curve, MATCHED_KL, logs.best) for seed, curve in curves.items()
+        }
     for i, kl in enumerate(MATCHED_KL):
         best = logs.best([kl])[0]
         for method in at:
@@ -478,7 +563,8 @@ def frontier(logs):
         grid = [end * i / 200 for i in range(201)]
         whole = sum(logs.best(grid))
         for method, seeds in curves.items():
-            shares = [sum(interpolate(c, grid)) / whole if end > 1e-6 else None for c in seeds.values()]
+            gains = [interpolate_shares(curve, grid, logs.best) for curve in seeds.values()]
+            shares = [sum(c) / whole if end > 1e-6 and None not in c else None for c in gains]
             row = {"method": method, "seeds": len(shares), "up to KL": end}
             areas.append(row | stat("area over the optimum's", shares))
     tables |= {"at equal KL": matched, "p3o-v2 minus the others, seed by seed": paired, "area": areas}
@@ -491,27 +577,48 @@ def equivalence(logs):
     times: the offsets' standard deviation over that of the reward among SFT responses to a prompt.
     Objective: gain less beta KL. The last table is about the rewards as they are, unshifted."""
     first = {(p["method"], p["seed"]): p for p in logs.points if not p["times"]}
-    values = "gain", "gold_gain", "kl", "objective", "length", "eos"
-    rows = group(logs.points, ("method", "times", "shift"), values)
+    values, keys = ("gain", "gold_gain", "kl", "objective", "length", "eos"), ("method", "times")
+    rows = group(logs.points, keys, values)
     for row in rows:
-        own = [p for p in logs.points if (p["method"], p["times"]) == (row["method"], row["times"])]
+        own = [p for p in logs.points if all(str(p[key]) == str(row[key]) for key in keys)]
         pairs = [(p, first[p["method"], p["seed"]]) for p in own if (p["method"], p["seed"]) in first]
         same = [p["log"]["sha256"] == unshifted["log"]["sha256"] for p, unshifted in pairs]
         row |= stat("objective lost", [u["objective"] - p["objective"] for p, u in pairs])
         row["identical weights"] = f"{sum(same)} of {len(same)}"
-    p3o_v2 = {(p["times"], p["seed"]): p["objective"] for p in logs.points if p["method"] == "p3o-v2"}
+    p3o_v2 = {p["seed"]: p["objective"] for p in logs.points if p["method"] == "p3o-v2" and not p["times"]}
     ahead = [
-        p | {"p3o-v2 minus": p["method"], "difference": p3o_v2[p["times"], p["seed"]] - p["objective"]}
+        p | {"p3o-v2 minus": p["method"], "difference": p3o_v2[p["seed"]] - p["objective"]}
         for p in logs.points
-        if p["method"] != "p3o-v2" and (p["times"], p["seed"]) in p3o_v2
+        if p["method"] != "p3o-v2" and p["seed"] in p3o_v2
     ]
-    titles = {"gain": "gain", "kl": "KL, nats", "length": "tokens per response"}
+    titles = {"objective": "gain - beta KL", "gain": "gain", "kl": "KL, nats"}
     tables = {
         "shifted": rows,
         "objective, seed by seed": group(ahead, ("p3o-v2 minus", "times"), ("difference",)),
         "between prompts": offsets(logs.sft) if logs.sft else [],
     }
     return tables, draw_lines(rows, "times", titles, "offsets over the reward's spread")
+
+
+def critic(logs):
+    """Without offsets PPO is ahead of P3O. Is it the critic?
+
+    ppo-lam1: no bias for less noise. ppo-no-critic: lam = 1 too, and values that stay 0. Norm: of gradients,
+    a step's mean, before the clip at 1; p3o-v2-norm-unclipped clips at 1000. Minus ppo: seed by seed."""
+    ppo = {p["seed"]: p["objective"] for p in logs.points if p["method"] == "ppo"}
+    points = [
+        p
+        | {"minus ppo": p["objective"] - ppo[p["seed"]] if p["seed"] in ppo else None}
+        | {f"norm, {name}": p[f"grad_norm_{name[:3]}"] for name in ("minimum", "maximum")}
+        for p in logs.points
+    ]
+    values = "objective", "minus ppo", "gain", "kl", "norm, minimum", "norm, maximum"
+    rows = group(points, ("method",), values)
+    for row in rows:
+        own = [p for p in logs.points if p["method"] == row["method"] and p["grad_norm_min"]]
+        row["norm, least of all"] = min((p["grad_norm_min"] for p in own), default=None)
+        row["norm, most of all"] = max((p["grad_norm_max"] for p in own), default=None)
+    return {"critic": rows}, draw_dots(rows, "objective", "gain - beta KL")
 
 
 def offsets(log):
@@ -526,7 +633,9 @@ def offsets(log):
 
 
 def overoptimisation(logs):
-    """With a weak leash, where does the gold reward turn while the proxy still climbs?"""
+    """With a weak leash, where does the gold reward turn while the proxy still climbs?
+
+    Peak: the evaluation with the highest mean gold reward; what is said of it is of the same prompts."""
     curves, rows = {}, []
     for method in dict.fromkeys(point["method"] for point in logs.points):
         runs = [p["log"]["curve"] for p in logs.points if p["method"] == method]
@@ -552,8 +661,19 @@ def overoptimisation(logs):
     return tables, draw_curves(logs, curves)
 
 
+def win_and_tie_rate(gold_a, gold_b):
+    """How often a beats b, ties half, and how often they tie: all cross pairs of responses at a prompt.
+
+    gold_a, gold_b: (P, S). Policies that draw with the same random numbers give the same text in most draws;
+    comparing draw with draw would push every rate towards one half."""
+    a, b = (torch.tensor(gold, dtype=torch.float64) for gold in (gold_a, gold_b))
+    difference = a.unsqueeze(2) - b.unsqueeze(1)  # (P, S, S)
+    ties = (difference == 0).double().mean().item()
+    return (difference > 0).double().mean().item() + ties / 2, ties
+
+
 def head_to_head(logs):
-    """Whose answers win, by the gold reward?
+    """Whose answers win, by the gold reward? All cross pairs of answers to a prompt; ties half.
 
     The paper's numbers are GPT-4's judgement of a 6B model on HH at KLs of 7 to 12 nats; ours are the true
     reward of a small world. Who is ahead can be compared, by how much cannot."""
@@ -571,10 +691,10 @@ def head_to_head(logs):
         rows = tables[title] = []
         for a, b in ((a, b) for a in runs for b in runs if a != b and set(runs[a]) & set(runs[b])):
             seeds = sorted(set(runs[a]) & set(runs[b]))
-            scores = [torch.tensor([runs[m][s]["log"]["gold"] for s in seeds]).flatten() for m in (a, b)]
-            rates = [f"{100 * x:.1f}" for x in theory.win_rate(*scores)]
+            rates = [win_and_tie_rate(*(runs[m][s]["log"]["gold"] for m in (a, b))) for s in seeds]
             row = {"method": a, "against": b, "seeds": len(seeds)}
-            row |= dict(zip(("wins %", "wins %_low", "wins %_high"), rates))
+            row |= stat("wins %", [100 * wins for wins, _ in rates])
+            row |= {"ties %": 100 * statistics.fmean(ties for _, ties in rates)}
             kls = (statistics.fmean(runs[m][s]["kl"] for s in seeds) for m in (a, b))
             rows.append(row | dict(zip(("KL", "its KL"), kls)) | {"paper, GPT-4, HH %": PAPER.get((a, b))})
     return tables, draw_matrices(tables)
@@ -605,20 +725,20 @@ def staleness(logs):
 
 
 def variance(logs):
-    """How noisy are the gradients of the estimators, on the same responses?
+    """How far are the estimators from the true gradient, on the same responses, a batch of 128 at a time?
 
-    Variance: over batches, trace of the covariance per parameter. Norm: of the mean gradient, its own noise
-    taken off. Noise over signal: trace over squared norm; it alone can be compared for whitened advantages,
-    which change the scale. With all pairs PPG and leave-one-out are the same estimator."""
+    Truth: the mean of an unbiased estimator over as many batches again. Cosine: of a batch's gradient to it,
+    whatever the scale. Squared error: over the square of the truth; whitening changes the scale and has none.
+    Variance: over batches, trace of the covariance, over PPG's. With all pairs PPG and leave-one-out are the
+    same estimator."""
     log, rows = read_log(logs.args, "variance"), []
     for policy, estimators in log["policies"].items() if log else ():
-        base = estimators["PPG"]["trace"]
+        base = estimators["PPG"]["variance"]
         for name, x in estimators.items():
-            signal = x["mean_norm"] ** 2
-            row = {"policy": policy, "estimator": name, "batches": log["batches"]}
-            row |= {"variance": x["trace"] / x["parameters"], "over PPG's": x["trace"] / base}
-            row |= {"norm": x["mean_norm"], "noise over signal": x["trace"] / signal if signal else None}
-            rows.append(row)
+            if name != "norm of the truth":
+                row = {"policy": policy, "estimator": name, "batches": log["batches"], "cosine": x["cosine"]}
+                row |= {"squared error": None if "whitened" in name else x["error"]}
+                rows.append(row | {"variance over PPG's": x["variance"] / base})
     logs.logs = {"variance": log}
     logs.missing = [] if log else ["variance"]
     return {"gradients": rows}, draw_bars(rows)
@@ -626,7 +746,10 @@ def variance(logs):
 
 EXPERIMENTS = {
     f.__name__: f
-    for f in (tuning, frontier, equivalence, overoptimisation, head_to_head, responses, staleness, variance)
+    for f in (
+        *(tuning, frontier, head_to_head, critic, equivalence, overoptimisation),
+        *(responses, staleness, variance),
+    )
 }
 
 
@@ -668,13 +791,51 @@ def write_report(experiment, args):
     source = f"Commit {', '.join(commits)}; seeds {', '.join(map(str, seeds))}; {len(used)} logs, "
     source += f"{sum(log.get('minutes', 0) for log in used):.0f} minutes of training; "
     source += "; ".join(sorted({log["hardware"] for log in used})) + ". In brackets: 95% intervals over seeds"
-    source += ", of win rates over pairs of responses." if experiment == "head_to_head" else "."
+    source += "."
+    if logs.sft and experiment != "variance":
+        error = logs.sft["reward_spread"] / math.sqrt(PROMPTS * RESPONSES)
+        source += f" Gains are over one sample of the SFT model; the standard error of its mean, {error:.3f},"
+        source += " is in all gains alike and in no difference between methods."
     note = " ".join(EXPERIMENTS[experiment].__doc__.split())
     parts = [f"# {experiment.replace('_', ' ')}", note, source, *([missing] if missing else [])]
     parts += [f"![{experiment}]({experiment}.png)"]
     parts += [part for title, rows in tables.items() for part in (f"## {title}", markdown(rows))]
     Path(args.folder, f"{experiment}.md").write_text("\n\n".join(parts) + "\n")
     figure.savefig(Path(args.folder, f"{experiment}.png"), dpi=150)
+
+
+PAGES = "README.md", "results/README.md"
+BLOCK = re.compile(r"(<!-- results:(\w+) (\{.*?\}) -->\n).*?(<!-- /results -->)", re.S)
+
+
+def fill_page(path, folder):
+    """Writes the tables of a page, each behind a comment that says where every number of it comes from.
+
+    {"table", "where": {column: value}, "row": column, "columns": [[title, {column: value}, value], ...]}: a
+    line for each value of the column "row", or of "only"; a cell from the one row of EXPERIMENT.csv that
+    fits.
+    """
+
+    def table(match):
+        with open(Path(folder, f"{match[2]}.csv")) as file:
+            rows, spec = list(csv.DictReader(file)), json.loads(match[3])
+        rows = [row for row in rows if row["table"] == spec["table"]]
+        rows = [row for row in rows if all(row[x] == y for x, y in spec.get("where", {}).items())]
+        lines = [[spec.get("title", spec["row"]), *(title for title, _, _ in spec["columns"])]]
+        for label in spec.get("only", dict.fromkeys(row[spec["row"]] for row in rows)):
+            lines.append([label])
+            for _, where, value in spec["columns"]:
+                wanted = where | {spec["row"]: label}
+                found = [row for row in rows if all(row[x] == y for x, y in wanted.items())]
+                ends = [found[0].get(f"{value}_{end}") for end in ("low", "high")] if len(found) == 1 else []
+                interval = f" [{', '.join(ends)}]" if ends and all(ends) else ""
+                lines[-1].append(found[0][value] + interval if len(found) == 1 else "")
+        return f"{match[1]}{theory.markdown_table(lines)}\n{match[4]}"
+
+    page = path.read_text()
+    filled = BLOCK.sub(table, page)
+    if filled != page:
+        path.write_text(filled)
 
 
 # -------------------------------------------------------------------------------------------------- pictures
@@ -770,6 +931,17 @@ def draw_lines(rows, x, titles, label, bottom=-math.inf):
     return figure
 
 
+def draw_dots(rows, value, title):
+    """A value and its interval for each method, one below the other."""
+    figure, axes = panels(1, 6.4, 0.9 + 0.42 * len(rows))
+    for place, row in enumerate(reversed(rows)):
+        bars(axes[0], row | {"place": place}, value, "place")
+    axes[0].set_yticks(range(len(rows)), [row["method"] for row in reversed(rows)])
+    axes[0].set_ylim(-0.5, len(rows) - 0.5)
+    axes[0].set_xlabel(title)
+    return figure
+
+
 def draw_matrices(tables):
     """Win rates, row against column, of every table."""
     figure, axes = panels(len(tables), 5.4, 4.8)
@@ -790,19 +962,19 @@ def draw_matrices(tables):
 
 
 def draw_bars(rows):
-    """Noise over signal of the gradient estimators, a panel for each policy."""
+    """Cosine to the true gradient of the estimators, a panel for each policy."""
     policies = list(dict.fromkeys(row["policy"] for row in rows))
     figure, axes = panels(max(len(policies), 1), 5.0, 3.4)
     for axis, policy in zip(axes, policies):
-        own = [row for row in rows if row["policy"] == policy and row["noise over signal"]]
+        own = [row for row in rows if row["policy"] == policy]
         for place, row in enumerate(reversed(own)):
-            value = row["noise over signal"]
+            value = row["cosine"]
             axis.barh(place, value, color="#D55E00" if row["estimator"] == "PPG" else "#999999")
-            axis.text(value, place, f" {row['estimator']}  {value:.3g}", va="center", fontsize=9.5)
-        axis.set_xlim(0, 1.6 * max([row["noise over signal"] for row in own], default=1.0))
+            axis.text(value, place, f" {row['estimator']}  {value:.2f}", va="center", fontsize=9.5)
+        axis.set_xlim(0, 1.6 * max([row["cosine"] for row in own], default=1.0))
         axis.set_yticks([])
         axis.set_title(policy, loc="left", fontsize=11.5)
-        axis.set_xlabel("variance over squared mean gradient")
+        axis.set_xlabel("cosine of a batch's gradient to the true one")
     return figure
 
 
@@ -842,6 +1014,8 @@ def main(args):
         if not args.plots_only and experiment == "frontier":
             estimate_optimum(args)
         write_report(experiment, args)
+    for page in PAGES if Path(args.folder) == ROOT / "results" else ():
+        fill_page(ROOT / page, args.folder)
 
 
 if __name__ == "__main__":

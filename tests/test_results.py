@@ -8,6 +8,7 @@ import re
 import subprocess
 
 import pytest
+import torch
 from conftest import ROOT
 
 spec = importlib.util.spec_from_file_location("reproduce", ROOT / "results" / "reproduce.py")
@@ -36,7 +37,7 @@ def synthetic_log(flags, kl, gain, gold, sha="a"):
             "eval_kl_exact": kl * step,
             "eval_gold": gold * step * (1.5 - step),
         }
-        | {"clip_fraction": 0.1, "log_ratio_max": 0.5}
+        | {"clip_fraction": 0.1, "log_ratio_max": 0.5, "grad_norm_min": 0.3, "grad_norm_max": 2.0}
         for step in (0, 0.5, 1)
     ]
     log = {
@@ -76,9 +77,10 @@ def folder(tmp_path_factory):
                 sha=run["method"][:3] * (run["method"] == "p3o-v2") or run["name"],
             )
             reproduce.write_log(args, run["name"], log)
-    moments = {"PPG": 1.0, "VPG": 50.0, "leave-one-out": 1.0}
-    moments = {name: {"trace": x, "mean_norm": 0.5, "parameters": 10} for name, x in moments.items()}
-    variance = {"batches": 3, "policies": {"SFT": moments, "after P3O-V2": moments}}
+    errors = {"PPG": 1.0, "VPG": 50.0, "leave-one-out": 1.0, "PPO, whitened": 0.5}
+    errors = {name: {"variance": x, "cosine": 1 / (1 + x), "error": x} for name, x in errors.items()}
+    errors |= {"norm of the truth": 1.0}
+    variance = {"batches": 3, "policies": {"SFT": errors, "after PPO": errors}}
     reproduce.write_log(args, "variance", synthetic_log({}, 0, 0, 0) | variance)
     return folder
 
@@ -113,6 +115,9 @@ def test_plots_only_writes_everything(folder, monkeypatch):
     assert lost["p3o-v2", "16"] == "0.000" and lost["ppo", "16"] == "0.320" and len(lost) == 16
     ahead = {row["times"]: float(row["difference"]) for row in rows if row["p3o-v2 minus"] == "ppo"}
     assert ahead["16"] - ahead["0"] == pytest.approx(0.32, abs=2e-3)
+    rows = {row["method"]: row for row in table(folder, "critic")}
+    assert rows["ppo"]["minus ppo"] == "0.000" != rows["ppo-lam1"]["objective"]
+    assert rows["ppo"]["norm, minimum"] == "0.300" and rows["ppo"]["norm, maximum"] == "2.000"
     paired = [row for row in table(folder, "frontier") if row["p3o-v2 minus"] == "ppo" and row["KL"] == "2"]
     assert 0.05 < float(paired[0]["difference"]) < 0.15 * 2**0.5
     paper = [row["paper, GPT-4, HH %"] for row in table(folder, "head_to_head") if row["against"] == "sft"]
@@ -139,6 +144,62 @@ def test_interpolation_is_linear_in_the_root_of_the_kl():
     ]  # between them gain = 2 sqrt(KL) - 1; below 1 to the SFT model: sqrt(KL)
     assert reproduce.interpolate(points, [2.25, 4.0, 0.25, 4.01]) == pytest.approx([2.0, 3.0, 0.5, None])
     assert reproduce.interpolate([(0.0, 0.0)], [0.5]) == [None]  # a policy that never moved
+
+
+def optimum(kl):
+    """Gains of some optimum: neither linear nor linear in the root of the KL."""
+    return [2 * k**0.5 - 0.3 * k for k in kl]
+
+
+@pytest.mark.parametrize(
+    "share",
+    [lambda kl: 1.0, lambda kl: 0.9, lambda kl: 0.95 - 0.1 * kl**0.5],
+    ids=["the optimum", "a constant share", "a falling share"],
+)
+def test_uneven_points_give_a_known_curve_back(share):
+    """Chords between gains would not: an exactly optimal policy would seem worse for having few points."""
+    kls, wanted = [0.05, 0.9, 2.5], [0.05, 0.3, 1.0, 2.0, 2.5]
+    points = [(kl, share(kl) * optimum([kl])[0]) for kl in kls]
+    expected = [share(kl) * best for kl, best in zip(wanted, optimum(wanted))]
+    for order in itertools.permutations(points):
+        found = reproduce.interpolate_shares(list(order), wanted, optimum)
+        assert found == pytest.approx(expected, rel=1e-9)
+    chords = reproduce.interpolate(points, wanted)
+    assert chords != pytest.approx(expected, rel=1e-3)
+
+
+def test_shares_beyond_the_points():
+    points = [(1.0, 0.5 * optimum([1.0])[0]), (0.0, 0.0)]
+    found = reproduce.interpolate_shares(points, [0.25, 1.0, 1.1], optimum)
+    assert found == pytest.approx([0.5 * optimum([0.25])[0], 0.5 * optimum([1.0])[0], None])
+    assert reproduce.interpolate_shares([(0.0, 0.0)], [0.5], optimum) == [None]
+
+
+def test_wins_over_all_cross_pairs():
+    a, b = [[1.0, 2.0, 2.0], [0.0, 5.0, 1.0]], [[2.0, 0.0, 1.0], [5.0, 5.0, -1.0]]
+    outcomes = [(x > y) + 0.5 * (x == y) for rows in zip(a, b) for x in rows[0] for y in rows[1]]
+    ties = [x == y for rows in zip(a, b) for x in rows[0] for y in rows[1]]
+    assert reproduce.win_and_tie_rate(a, b) == pytest.approx((sum(outcomes) / 18, sum(ties) / 18))
+    assert reproduce.win_and_tie_rate(b, a)[0] == pytest.approx(1 - sum(outcomes) / 18)
+
+
+def test_errors_of_estimators_with_a_known_truth():
+    """Gradients of ten numbers: truth t, an unbiased noisy one, a biased one with little noise."""
+    generator, truth = torch.Generator().manual_seed(0), torch.arange(1.0, 11.0, dtype=torch.float64)
+
+    def batches(count):
+        for _ in range(count):
+            noise = torch.randn(2, 10, generator=generator, dtype=torch.float64)
+            yield {"PPO, lam = 1": truth + 2 * noise[0], "biased": truth * 0.5 + 0.1 * noise[1]}
+
+    mean, noise = reproduce.true_gradient(batches(4000))
+    torch.testing.assert_close(mean, truth, rtol=0, atol=0.15)
+    assert noise == pytest.approx(10 * 4 / 4000, rel=0.1)
+    table, square = reproduce.errors_of(batches(4000), mean, noise), (truth @ truth).item()
+    assert table["PPO, lam = 1"]["variance"] == pytest.approx(40, rel=0.05)
+    assert table["PPO, lam = 1"]["error"] == pytest.approx(40 / square, rel=0.05)
+    assert table["biased"]["error"] == pytest.approx(0.25 + 0.1 / square, rel=0.05)
+    assert table["biased"]["cosine"] > 0.999 > table["PPO, lam = 1"]["cosine"] > 0.9
 
 
 def test_offsets_between_prompts_and_what_chance_makes_of_none():
@@ -195,31 +256,67 @@ def test_equal_runs_have_equal_names():
         assert a["name"] != b["name"] or a["flags"] == b["flags"]
 
 
-@pytest.mark.parametrize("page", ["README.md", "results/README.md"])
-def test_numbers_of_a_page_are_in_a_committed_table(page):
-    readme = (ROOT / page).read_text()
-    sections = re.findall(r"<!-- results:(\w+) -->(.*?)<!-- /results -->", readme, re.S)
-    assert sections
-    for experiment, part in sections:
-        cells = {
-            n for row in table(ROOT / "results", experiment) for x in row.values() for n in NUMBER.findall(x)
-        }
-        rows = [line for line in part.splitlines() if line.startswith("|")]
-        numbers = {n for line in rows for n in NUMBER.findall(line)}
-        assert numbers <= cells, f"{experiment}: {sorted(numbers - cells)}"
+@pytest.mark.parametrize("page", reproduce.PAGES)
+def test_tables_of_a_page_are_those_of_the_committed_csvs(page, tmp_path):
+    """Every cell is written by reproduce.py from the table, row and column that the page names."""
+    text = (ROOT / page).read_text()
+    copy = tmp_path / "page.md"
+    copy.write_text(text.replace("0", "7"))  # whatever stood there
+    copy.write_text(reproduce.BLOCK.sub(r"\1nothing\n\4", text))
+    assert len(reproduce.BLOCK.findall(text)) >= 1 and copy.read_text() != text
+    reproduce.fill_page(copy, ROOT / "results")
+    assert copy.read_text() == text
+    assert "<!-- results" not in re.sub(r"<!-- results:\w+ \{", "", text), "a table that nothing fills"
 
 
-def test_numbers_in_the_text_of_the_results_are_rounded_from_a_committed_table():
-    results, checked = (ROOT / "results" / "README.md").read_text(), 0
-    for section in results.split("\n## "):
-        tables = [table(ROOT / "results", name) for name in set(re.findall(r"<!-- results:(\w+)", section))]
-        cells = [x for rows in tables for row in rows for cell in row.values() for x in NUMBER.findall(cell)]
-        text = " ".join(line for line in section.splitlines() if not line.startswith(("|", "!", "<")))
-        for number in re.findall(r"\d+\.\d+", text):
-            decimals = len(number.partition(".")[2])
-            assert any(f"{abs(float(x)):.{decimals}f}" == number for x in cells), (section[:40], number)
-            checked += 1
-    assert checked > 5
+CRITIC = "critic", "critic"
+
+
+def cosine(policy, estimator):
+    return "variance", "gradients", {"policy": policy, "estimator": estimator}, "cosine"
+
+
+CLAIMS = [  # a sentence of results/README.md, and for each {} of it: experiment, table, row, column; "-": negated
+    (
+        "is {:.3f} [{:.3f}, {:.3f}] behind PPO, no less than P3O-V2, {:.3f} [{:.3f}, {:.3f}]",
+        *[(*CRITIC, {"method": "ppo-no-critic"}, f"-minus ppo{end}") for end in ("", "_high", "_low")],
+        *[(*CRITIC, {"method": "p3o-v2"}, f"-minus ppo{end}") for end in ("", "_high", "_low")],
+    ),
+    (
+        "cannot be told from PPO, {:.3f} [{:.3f}, {:.3f}]",
+        *[(*CRITIC, {"method": "ppo-lam1"}, f"minus ppo{end}") for end in ("", "_low", "_high")],
+    ),
+    ("P3O reaches {:.1f} nats", ("frontier", "every beta", {"method": "p3o-v2", "beta": "0.1"}, "kl")),
+    ("never below {:.2f}", (*CRITIC, {"method": "p3o-v2"}, "norm, least of all")),
+    ("never above {:.2f}", (*CRITIC, {"method": "ppo"}, "norm, most of all")),
+    (
+        "has a cosine of {:.2f} to the true one, the plain policy gradient's is {:.2f}, PPO's {:.2f}, and with "
+        "lam = 1, without bias, as much: {:.2f}",
+        *[cosine("after PPO", name) for name in ("PPG", "VPG", "PPO", "PPO, lam = 1")],
+    ),
+    (
+        "the plain policy gradient, {:.2f}, is nearer than the pair's, {:.2f}",
+        *[cosine("SFT", name) for name in ("VPG", "PPG")],
+    ),
+]
+
+
+def test_every_number_in_the_text_is_that_of_a_named_cell():
+    """What the text says of the results is a sentence above with the numbers of the cells put in; no other
+    decimal number stands in it, but settings: a beta, or KLs that were asked for."""
+    text = " ".join(reproduce.BLOCK.sub("", (ROOT / "results" / "README.md").read_text()).split())
+    for sentence, *cells in CLAIMS:
+        values = []
+        for experiment, name, row, column in cells:
+            rows = [r for r in table(ROOT / "results", experiment) if r["table"] == name]
+            (found,) = [r for r in rows if all(r[x] == y for x, y in row.items())]
+            sign = -1 if column.startswith("-") else 1
+            values.append(sign * float(found[column.removeprefix("-")]))
+        said = sentence.format(*values)
+        assert said in text, said
+        text = text.replace(said, "")
+    text = re.sub(r"beta 0\.\d+|at 0\.5( and|,| nats)|0\.5 nats", "", text)
+    assert not re.findall(r"\d+\.\d+", text), re.findall(r".{30}\d+\.\d+.{10}", text)
 
 
 @pytest.mark.parametrize("experiment", reproduce.EXPERIMENTS)
@@ -232,7 +329,11 @@ def test_the_committed_tables_are_what_the_committed_logs_say(experiment, tmp_pa
 
 
 def test_every_method_runs_at_the_best_learning_rate_of_the_same_grid():
+    """Variants, that answer one question, run at the rate of the method that they vary."""
     for method, (script, flags, _) in reproduce.METHODS.items():
+        if method not in reproduce.TUNED:
+            assert "learning_rate" not in flags
+            continue
         rows = [row for row in table(ROOT / "results", "tuning") if row["method"] == method]
         assert [float(row["learning rate"]) for row in rows] == sorted(
             {*reproduce.RATES, reproduce.WIDER.get(method, 1e-4)}
