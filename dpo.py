@@ -63,7 +63,7 @@ class Args:
     prompts_per_step: int = flag(64, "online: B, prompts per rollout; offline a step is one minibatch")
     epochs: int | None = flag(None, "passes over each rollout, None: 2; offline over the data, None: 1")
     minibatch_size: int = flag(32, "pairs per optimizer step")
-    micro_batch_size: int = flag(0, "pairs per forward pass: to save memory; 0: the minibatch")
+    micro_batch_size: int = flag(0, "pairs per forward pass, to save memory; 0: the minibatch")
     beta: float = flag(0.5, "weight of the KL to the SFT model; 0.1 in the paper")
     missing_eos_penalty: float = flag(1.0, "subtracted from the score of a response cut off without EOS")
     temperature: float = flag(1.0, "divides the logits, when sampling and in every log-prob")

@@ -71,7 +71,7 @@ class Args:
     num_responses: int = flag(2, "K, responses per prompt")
     epochs: int = flag(2, "passes over each rollout; 1 to 4")
     minibatch_size: int = flag(32, "prompts per optimizer step, each with all its responses")
-    micro_batch_size: int = flag(0, "prompts per forward pass: to save memory; 0: the minibatch")
+    micro_batch_size: int = flag(0, "prompts per forward pass, to save memory; 0: the minibatch")
     beta: float | None = flag(None, "weight of the KL to the SFT model in the token rewards")
     kl_target: float | None = flag(None, "nats per response: beta adapts to hold the KL there")
     kl_horizon: float = flag(1000, "responses in which beta adapts, with --kl_target; 10000 in [KL]")

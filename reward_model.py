@@ -52,7 +52,7 @@ class Args:
     epochs: int = flag(1, "passes over the data; more than one overfits")
     steps: int | None = flag(None, "optimizer steps instead of --epochs")
     minibatch_size: int = flag(32, "pairs per optimizer step")
-    micro_batch_size: int = flag(0, "pairs per forward pass: to save memory; 0: the minibatch")
+    micro_batch_size: int = flag(0, "pairs per forward pass, to save memory; 0: the minibatch")
     margin: float = flag(0.0, "subtracted from the difference of the scores before the sigmoid")
     lm_coef: float = flag(0.0, "weight of the LM loss on chosen responses; 1 in the paper, 0 in its code")
     prompt_length: int = flag(32, "tokens; rows with longer prompts are left out and counted")

@@ -50,7 +50,7 @@ class Args:
     epochs: int = flag(2, "passes over the data")
     steps: int | None = flag(None, "optimizer steps instead of --epochs")
     minibatch_size: int = flag(32, "rows per optimizer step")
-    micro_batch_size: int = flag(0, "rows per forward pass: to save memory; 0: the minibatch")
+    micro_batch_size: int = flag(0, "rows per forward pass, to save memory; 0: the minibatch")
     temperature: float = flag(1.0, "of the printed samples")
     prompt_length: int = flag(32, "tokens; rows with longer prompts are left out and counted")
     response_length: int = flag(24, "tokens, EOS included; rows with longer completions are left out")

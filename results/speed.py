@@ -29,7 +29,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 STEPS = 6
-PROMPTS, EPOCHS, K = 64, 2, 2  # of a step
+EPOCHS, K = 2, 2  # passes over a rollout, responses per prompt
 MODELS = {"toy": {}, "gpt2-124M": {"n_layer": 12, "n_embd": 768, "n_head": 12, "vocab_size": 50257}}
 BATCH = {"toy": 64, "gpt2-124M": 8}  # prompts of a step; 2 responses to each
 

@@ -390,6 +390,20 @@ def test_help_names_every_flag(script, capfd):
         assert all(name in listed for name in module.MAY_CHANGE if name not in ("resume", "overwrite"))
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_numbers_that_may_be_zero_are_flags(script, monkeypatch):
+    module, seen = importlib.import_module(script), []
+
+    def stop(args, may_be_zero):
+        seen.extend(may_be_zero.split())
+        raise InterruptedError
+
+    monkeypatch.setattr(module, "check_args", stop)
+    with pytest.raises(InterruptedError):
+        module.main(module.Args())
+    assert seen and set(seen) <= {f.name for f in dataclasses.fields(module.Args)}
+
+
 def test_what_may_change_on_resume(world, capfd):
     """More steps, another --save_every or --micro_batch_size go on; fewer steps than are done are an error."""
     log, argv = world / "out" / "metrics.jsonl", functools.partial(arguments, "p3o", output_dir="out")

@@ -457,8 +457,8 @@ def test_a_huge_learning_rate(name, new_run):
 # -------------------------------------------------------------------------------------------------- full disk
 @pytest.mark.parametrize(
     "size",
-    [60_000, 20_000],  # no room for the checkpoint; nor for the weights
-    ids=["checkpoint", "weights"],
+    [60_000, 20_000, 700],  # no room for the checkpoint; nor for the weights; nor for another line of the log
+    ids=["checkpoint", "weights", "log"],
 )
 def test_full_disk_leaves_the_last_checkpoint(size, undisturbed, new_run):
     """One line, status 1, the last checkpoint untouched; with room again the same end."""
