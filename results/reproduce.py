@@ -56,9 +56,11 @@ METHODS = {  # name: script, its flags, color (Okabe and Ito, for every kind of 
     "online-dpo": ("dpo.py", {"online": True}, "#009E73"),
     # variants, for one question each
     "ppo-unwhitened": ("ppo.py", {"whiten_advantages": False}, "#555555"),
+    "ppo-values-unclipped": ("ppo.py", {"value_clip_range": 0.0}, "#332288"),
     "ppo-lam1": ("ppo.py", {"lam": 1.0}, "#44AA99"),
     "ppo-no-critic": ("ppo.py", {"lam": 1.0, "critic_init": "sft", "critic_learning_rate": 1e-9}, "#999933"),
     "p3o-v2-norm-unclipped": ("p3o.py", {"max_grad_norm": 1000.0}, "#882255"),
+    "p3o-weighted": ("p3o.py", {"clip_range": 1e9}, "#AA4499"),  # importance weights, no clip
 }
 COMPARED = list(METHODS)[:7]
 TUNED = list(METHODS)[:8]
@@ -68,8 +70,8 @@ PROMPTS, RESPONSES, POOLED, BATCHES = 128, 16, 32, 100  # POOLED: responses per 
 MATCHED_KL = 0.5, 1.0, 2.0, 3.0
 RATES = 1e-4, 3e-4, 1e-3  # the learning rates tried, the same for every method; one more where the best was
 WIDER = {"dpo": 3e-5, "online-dpo": 3e-5, "ppo-max": 3e-3}  # the lowest or the highest of them
-SEEDS = {"frontier": 5, "head_to_head": 5, "equivalence": 5, "critic": 5}
-SEEDS |= {"responses": 3, "overoptimisation": 2}  # else 1
+SEEDS = {"frontier": 5, "head_to_head": 5, "equivalence": 5, "critic": 5, "overoptimisation": 5}
+SEEDS |= {"responses": 3, "staleness": 3}  # else 1
 SHIFTS = 0, 1, 4, 16  # times the spread of the reward among the responses to a prompt
 PAPER = {("p3o-v2", "ppo"): "57.0", ("p3o-v2", "sft"): "69.3", ("dpo", "p3o-v2"): "45.4"}  # GPT-4, HH, 6B
 T975 = 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262  # Student's t for 1, 2, ... degrees
@@ -157,6 +159,14 @@ def make_run(method, beta, seed, steps=None, **extra):
     return run | {"script": script, "flags": flags}
 
 
+def shift_by_place(run, shift):
+    """The run with offsets by place in its reward; with offsets of 0 it is the run itself."""
+    if not shift:
+        return run
+    name = run["name"].replace("_seed", f"_place{shift:g}_seed")
+    return run | {"name": name, "script": f"results/shift_by_place.py {run['script']} {shift:g}"}
+
+
 def plan(experiment, args):
     """The runs an experiment reports, with the labels that it groups them by."""
     seeds, steps = range(1, (args.seeds or SEEDS.get(experiment, 1)) + 1), args.steps
@@ -173,12 +183,21 @@ def plan(experiment, args):
     if experiment == "equivalence":
         spread = (read_log(args, "sft") or {}).get("reward_spread")
         shifts = [(f, float(f"{f * spread:.2g}")) for f in SHIFTS] if spread else []
-        return [
-            make_run(m, BETA, seed, steps, reward_shift=shift) | {"times": f}
+        methods = "p3o-v2", "ppo", "ppo-max", "ppo-unwhitened", "ppo-values-unclipped"
+        runs = [
+            make_run(m, BETA, seed, steps, reward_shift=shift) | {"offsets": "noise", "times": f}
             for seed in seeds
-            for m in ("p3o-v2", "ppo", "ppo-max", "ppo-unwhitened")
+            for m in methods
             for f, shift in shifts
         ]
+        runs += [
+            shift_by_place(make_run(m, BETA, seed, steps), shift) | {"offsets": "by place", "times": f}
+            for seed in seeds
+            for m in ("p3o-v2", "ppo", "ppo-values-unclipped")
+            for f, shift in shifts
+            if m != "p3o-v2" or f in (SHIFTS[0], SHIFTS[-1])  # it is the same run at any size
+        ]
+        return runs
     if experiment == "critic":
         methods = "ppo", "ppo-lam1", "p3o-v2", "p3o-v2-norm-unclipped", "ppo-no-critic"
         return [make_run(m, BETA, seed, steps) for seed in seeds for m in methods]
@@ -198,7 +217,7 @@ def plan(experiment, args):
         return [
             make_run(m, BETA, seed, steps, epochs=epochs) | {"epochs": epochs}
             for seed in seeds
-            for m in ("p3o-v2", "p3o-v1", "ppg")
+            for m in ("p3o-v2", "p3o-v1", "p3o-weighted", "ppg")
             for epochs in (1, 2, 4, 8)
         ]
     return [make_run("ppo", BETA, 1, steps)]  # variance: a policy and its critic
@@ -577,7 +596,7 @@ def equivalence(logs):
     times: the offsets' standard deviation over that of the reward among SFT responses to a prompt.
     Objective: gain less beta KL. The last table is about the rewards as they are, unshifted."""
     first = {(p["method"], p["seed"]): p for p in logs.points if not p["times"]}
-    values, keys = ("gain", "gold_gain", "kl", "objective", "length", "eos"), ("method", "times")
+    values, keys = ("gain", "gold_gain", "kl", "objective", "length", "eos"), ("method", "offsets", "times")
     rows = group(logs.points, keys, values)
     for row in rows:
         own = [p for p in logs.points if all(str(p[key]) == str(row[key]) for key in keys)]
@@ -591,13 +610,17 @@ def equivalence(logs):
         for p in logs.points
         if p["method"] != "p3o-v2" and p["seed"] in p3o_v2
     ]
-    titles = {"objective": "gain - beta KL", "gain": "gain", "kl": "KL, nats"}
+    titles = {kind: f"gain - beta KL, offsets: {kind}" for kind in ("noise", "by place")}
+    drawn = [
+        row | {row["offsets"] + end: row[f"objective{end}"] for end in ("", "_low", "_high")} for row in rows
+    ]
+    drawn = [dict.fromkeys(titles) | row for row in drawn]
     tables = {
         "shifted": rows,
-        "objective, seed by seed": group(ahead, ("p3o-v2 minus", "times"), ("difference",)),
+        "objective, seed by seed": group(ahead, ("p3o-v2 minus", "offsets", "times"), ("difference",)),
         "between prompts": offsets(logs.sft) if logs.sft else [],
     }
-    return tables, draw_lines(rows, "times", titles, "offsets over the reward's spread")
+    return tables, draw_lines(drawn, "times", titles, "offsets over the reward's spread")
 
 
 def critic(logs):
@@ -635,22 +658,26 @@ def offsets(log):
 def overoptimisation(logs):
     """With a weak leash, where does the gold reward turn while the proxy still climbs?
 
-    Peak: the evaluation with the highest mean gold reward; what is said of it is of the same prompts."""
+    The peak is the evaluation with the highest gold reward on every other held-out prompt; what is said of it
+    comes from the prompts between."""
     curves, rows = {}, []
     for method in dict.fromkeys(point["method"] for point in logs.points):
         runs = [p["log"]["curve"] for p in logs.points if p["method"] == method]
         runs = [{row["step"]: row for row in curve} for curve in runs]
-        mean, names = {}, {"kl": "eval_kl_exact", "proxy": "eval_reward", "gold": "eval_gold"}
+        mean, names = {}, {"kl": "eval_kl_exact", "proxy": "eval_reward", "gold": "eval_gold_odd"}
+        names |= {"chosen on": "eval_gold_even"}
         for step in sorted(set.intersection(*map(set, runs))):
             gains = {name: [run[step][of] - run[0][of] for run in runs] for name, of in names.items()}
             mean[step] = {name: statistics.fmean(values) for name, values in gains.items()}
-        peak, last = max(mean, key=lambda step: mean[step]["gold"]), max(mean)
+        peak, last = max(mean, key=lambda step: mean[step]["chosen on"]), max(mean)
         later = [mean[step]["gold"] for step in mean if step >= peak]
         row = {"method": method, "seeds": len(runs), "KL at the gold peak": mean[peak]["kl"]}
         row |= {"gold at the peak": mean[peak]["gold"], "lowest after it": min(later)}
         row |= {"KL at the end": mean[last]["kl"]}
-        row |= stat("gold at the end", [r[last]["eval_gold"] - r[0]["eval_gold"] for r in runs])
-        row |= stat("gold since the peak", [r[last]["eval_gold"] - r[peak]["eval_gold"] for r in runs])
+        row |= stat("gold at the end", [r[last]["eval_gold_odd"] - r[0]["eval_gold_odd"] for r in runs])
+        row |= stat(
+            "gold since the peak", [r[last]["eval_gold_odd"] - r[peak]["eval_gold_odd"] for r in runs]
+        )
         row |= stat("proxy since the peak", [r[last]["eval_reward"] - r[peak]["eval_reward"] for r in runs])
         rows.append(row)
         curves[method] = [(point["kl"], point["proxy"], point["gold"]) for point in mean.values()]
