@@ -73,6 +73,24 @@ WIDER = {"dpo": 3e-5, "online-dpo": 3e-5, "ppo-max": 3e-3}  # the lowest or the 
 SEEDS = {"frontier": 5, "head_to_head": 5, "equivalence": 5, "critic": 5, "overoptimisation": 5}
 SEEDS |= {"responses": 3, "staleness": 3}  # else 1
 SHIFTS = 0, 1, 4, 16  # times the spread of the reward among the responses to a prompt
+SETTINGS = {  # every one samples the 7680 responses of the default
+    "default": {},
+    "K 4": {"num_responses": 4, "prompts_per_step": 32, "minibatch_size": 16},
+    "K 8": {"num_responses": 8, "prompts_per_step": 16, "minibatch_size": 8},
+    "30 steps": {"steps": 30, "prompts_per_step": 128},
+    "120 steps": {"steps": 120, "prompts_per_step": 32},
+    "240 steps": {"steps": 240, "prompts_per_step": 16, "minibatch_size": 16},
+    "4 epochs": {"epochs": 4},
+    "minibatch 16": {"minibatch_size": 16},
+    "minibatch 64": {"minibatch_size": 64},
+    "clip 0.1": {"clip_range": 0.1},
+    "clip 0.4": {"clip_range": 0.4},
+    "norm 0.3": {"max_grad_norm": 0.3},
+    "rate 0.0005": {"learning_rate": 5e-4},
+    "constant rate": {"optimizer": "constant"},
+    "cosine": {"optimizer": "cosine"},
+    "beta2 0.999": {"optimizer": "0.999"},
+}
 PAPER = {("p3o-v2", "ppo"): "57.0", ("p3o-v2", "sft"): "69.3", ("dpo", "p3o-v2"): "45.4"}  # GPT-4, HH, 6B
 T975 = 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262  # Student's t for 1, 2, ... degrees
 MEASURING = threading.Lock()  # torch has one random state per process
@@ -146,12 +164,15 @@ def group(points, keys, values):
 
 
 # -------------------------------------------------------------------------------------------------- the runs
-def make_run(method, beta, seed, steps=None, **extra):
-    """Name, script and flags of a run. Flags at their default are left out: equal runs have equal names."""
+def make_run(method, beta, seed, steps=None, tag=None, **extra):
+    """Name, script and flags of a run. Flags at their default are left out: equal runs have equal names.
+
+    tag: in the name in place of the flags that differ."""
     script, flags, _ = METHODS[method]
     default = vars(SCRIPTS[script]()) | flags
     extra = {name: value for name, value in extra.items() if value != default[name]}
-    name = f"{method}_beta{beta:g}" + "".join(f"_{SHORT[x]}{v:g}" for x, v in extra.items() if x in SHORT)
+    parts = [tag] if tag else [f"{SHORT[x]}{v:g}" for x, v in extra.items() if x in SHORT]
+    name = "_".join([f"{method}_beta{beta:g}", *parts])
     flags = (
         {"beta": beta, "seed": seed, "eval_every": 0} | flags | extra | ({"steps": steps} if steps else {})
     )
@@ -165,6 +186,20 @@ def shift_by_place(run, shift):
         return run
     name = run["name"].replace("_seed", f"_place{shift:g}_seed")
     return run | {"name": name, "script": f"results/shift_by_place.py {run['script']} {shift:g}"}
+
+
+def set_up(method, setting, seed, steps=None, times=1):
+    """The run of a method in one of SETTINGS, with so many times the steps; the default one is everyone's."""
+    default = SCRIPTS[METHODS[method][0]]()
+    flags = dict(SETTINGS[setting])
+    change = flags.pop("optimizer", None)
+    steps = steps or round(flags.pop("steps", default.steps) * times)
+    tag = setting.replace(" ", "-").replace(",", "") + (f"_x{times:g}" if times != 1 else "")
+    tag = None if setting == "default" and times == 1 else tag
+    run = make_run(method, BETA, seed, steps if steps != default.steps else None, tag=tag, **flags)
+    if change:
+        run["script"] = f"results/with_optimizer.py {run['script']} {change}"
+    return run
 
 
 def plan(experiment, args):
@@ -219,6 +254,12 @@ def plan(experiment, args):
             for seed in seeds
             for m in ("p3o-v2", "p3o-v1", "p3o-weighted", "ppg")
             for epochs in (1, 2, 4, 8)
+        ]
+    if experiment == "distance":
+        return [
+            set_up(m, x, 0, steps) | {"part": "tuning", "setting": x}
+            for x in SETTINGS
+            for m in ("p3o-v2", "ppo")
         ]
     return [make_run("ppo", BETA, 1, steps)]  # variance: a policy and its critic
 
