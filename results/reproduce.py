@@ -45,7 +45,8 @@ from toy import gold_reward
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = Path("out/results")  # relative to ROOT, where everything runs
-SCRIPTS = {"p3o.py": p3o.Args, "ppo.py": ppo.Args, "dpo.py": dpo.Args}
+RLOO = "results/trl/rloo.py"  # where trl can be imported
+SCRIPTS = {"p3o.py": p3o.Args, "ppo.py": ppo.Args, "dpo.py": dpo.Args, RLOO: p3o.Args}
 METHODS = {  # name: script, its flags, color (Okabe and Ito, for every kind of eye)
     "p3o-v2": ("p3o.py", {}, "#D55E00"),
     "p3o-v1": ("p3o.py", {"clipping": "separate"}, "#E69F00"),
@@ -60,6 +61,7 @@ METHODS = {  # name: script, its flags, color (Okabe and Ito, for every kind of 
     "ppo-lam1": ("ppo.py", {"lam": 1.0}, "#44AA99"),
     "ppo-no-critic": ("ppo.py", {"lam": 1.0, "critic_init": "sft", "critic_learning_rate": 1e-9}, "#999933"),
     "p3o-v2-norm-unclipped": ("p3o.py", {"max_grad_norm": 1000.0}, "#882255"),
+    "trl-rloo": (RLOO, {}, "#117733"),
     "p3o-weighted": ("p3o.py", {"clip_range": 1e9}, "#AA4499"),  # importance weights, no clip
 }
 COMPARED = list(METHODS)[:7]
@@ -90,7 +92,11 @@ SETTINGS = {  # every one samples the 7680 responses of the default
     "constant rate": {"optimizer": "constant"},
     "cosine": {"optimizer": "cosine"},
     "beta2 0.999": {"optimizer": "0.999"},
+    "rate 0.0001": {"learning_rate": 1e-4},
+    "rate 0.001": {"learning_rate": 1e-3},
 }
+RATES_TRIED = "rate 0.0001", "default", "rate 0.001"
+TIMES = 0.25, 0.5, 1, 2, 4, 10  # the responses sampled, over the default's
 PAPER = {("p3o-v2", "ppo"): "57.0", ("p3o-v2", "sft"): "69.3", ("dpo", "p3o-v2"): "45.4"}  # GPT-4, HH, 6B
 T975 = 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262  # Student's t for 1, 2, ... degrees
 MEASURING = threading.Lock()  # torch has one random state per process
@@ -194,12 +200,25 @@ def set_up(method, setting, seed, steps=None, times=1):
     flags = dict(SETTINGS[setting])
     change = flags.pop("optimizer", None)
     steps = steps or round(flags.pop("steps", default.steps) * times)
-    tag = setting.replace(" ", "-").replace(",", "") + (f"_x{times:g}" if times != 1 else "")
-    tag = None if setting == "default" and times == 1 else tag
+    tag = None if set(flags) <= set(SHORT) and not change else setting.replace(" ", "-").replace(",", "")
     run = make_run(method, BETA, seed, steps if steps != default.steps else None, tag=tag, **flags)
+    if times != 1:
+        run["name"] = run["name"].replace("_seed", f"_x{times:g}_seed")
     if change:
         run["script"] = f"results/with_optimizer.py {run['script']} {change}"
     return run
+
+
+def best_setting(method, args):
+    """The one of SETTINGS with the highest objective on seed 0, of those that have a log."""
+    found = {"default": -math.inf}
+    for setting in SETTINGS:
+        run = set_up(method, setting, 0, args.steps)
+        log = read_log(args, run["name"], run["flags"])
+        if log:
+            means = {name: statistics.fmean(log["prompts"][name]) for name in ("reward", "kl")}
+            found[setting] = means["reward"] - run["beta"] * means["kl"]
+    return max(found, key=found.get)
 
 
 def plan(experiment, args):
@@ -256,10 +275,17 @@ def plan(experiment, args):
             for epochs in (1, 2, 4, 8)
         ]
     if experiment == "distance":
+        tried = [(m, x) for x in SETTINGS for m in ("p3o-v2", "ppo")] + [("trl-rloo", x) for x in RATES_TRIED]
+        best = {m: best_setting(m, args) for m in ("p3o-v2", "ppo", "trl-rloo")}
+        compared = [(m, x) for m in ("p3o-v2", "ppo") for x in dict.fromkeys(("default", best[m]))]
+        runs = [(m, x, 0, 1, "tuning") for m, x in tried]
+        runs += [(m, x, seed, 1, "held-out seeds") for m, x in compared for seed in seeds]
+        for times in TIMES:  # long runs are few
+            methods, count = (["p3o-v2"], 1) if times > 4 else (best, 3 if times <= 2 else 1)
+            runs += [(m, best[m], seed, times, "samples") for m in methods for seed in list(seeds)[:count]]
         return [
-            set_up(m, x, 0, steps) | {"part": "tuning", "setting": x}
-            for x in SETTINGS
-            for m in ("p3o-v2", "ppo")
+            set_up(m, x, seed, steps, times) | {"part": part, "setting": x, "times": times}
+            for m, x, seed, times, part in runs
         ]
     return [make_run("ppo", BETA, 1, steps)]  # variance: a policy and its critic
 
