@@ -568,7 +568,7 @@ class Logs:
         runs = plan(experiment, args)
         self.logs = {run["name"]: read_log(args, run["name"], run["flags"]) for run in runs}
         self.missing = [name for name, log in self.logs.items() if not log]
-        alone = experiment in ("tuning", "equivalence", "critic", "head_to_head")
+        alone = experiment in ("tuning", "equivalence", "critic", "head_to_head")  # need no optimum
         needed = ["sft"] if alone else ["sft", "optimum"]
         self.missing += [name for name in needed if not getattr(self, name)]
         self.base = {name: statistics.fmean(x) for name, x in self.sft["prompts"].items()} if self.sft else {}
@@ -818,6 +818,61 @@ def staleness(logs):
     return {"staleness": rows}, draw_lines(rows, "epochs", titles, "epochs per rollout")
 
 
+def responses_to(curve, share):
+    """How many responses a curve [(responses, efficiency), ...] needs to reach a share; None: it does not.
+
+    Linear in the logarithm of their number; the first crossing counts."""
+    curve = sorted(curve)
+    if curve and curve[0][1] >= share:
+        return curve[0][0]
+    for (left, below), (right, above) in zip(curve, curve[1:]):
+        if above >= share:
+            way = (share - below) / (above - below)
+            return round(left * (right / left) ** way)
+    return None
+
+
+def distance(logs):
+    """How near to the optimum do P3O and PPO come, by which setting, and with how many responses?
+
+    Tried on seed 0 and compared on the others; every setting samples as many responses. Efficiency: the gain
+    over the optimum's at the same KL. trl-rloo: RLOOTrainer of TRL with its own optimizer settings and the
+    learning rate best for it. The rate falls to 0 over each run, however many responses it samples."""
+    count = p3o.Args().steps * p3o.Args().prompts_per_step * p3o.Args().num_responses
+    values = "objective", "efficiency", "gain", "kl"
+    parts = {
+        part: [p | {"responses": round(count * p["times"])} for p in logs.points if p["part"] == part]
+        for part in ("tuning", "held-out seeds", "samples")
+    }
+    tried, compared, sampled = parts.values()
+    default = {(p["method"], p["seed"]): p["objective"] for p in compared if p["setting"] == "default"}
+    for p in compared:
+        before = default.get((p["method"], p["seed"]))
+        p["more than default"] = None if before is None else p["objective"] - before
+    best = {m: best_setting(m, logs.args) for m in dict.fromkeys(p["method"] for p in tried)}
+    settings = [
+        row | {"best": "yes" if best[row["method"]] == row["setting"] else ""}
+        for row in group(tried, ("method", "setting"), values)
+    ]
+    curves = group(sampled, ("method", "setting", "responses"), values)
+    needed = []
+    for method in dict.fromkeys(row["method"] for row in curves):
+        curve = [(row["responses"], row["efficiency"]) for row in curves if row["method"] == method]
+        known = [(x, y) for x, y in curve if y is not None]
+        row = {"method": method, "to 90%": responses_to(known, 0.90), "to 95%": responses_to(known, 0.95)}
+        needed.append(row)
+    tables = {
+        "settings on seed 0": settings,
+        "default and best on the other seeds": group(
+            compared, ("method", "setting"), (*values, "more than default")
+        ),
+        "more and fewer responses": curves,
+        "responses needed": needed,
+    }
+    titles = {"efficiency": "share of the optimum's gain", "objective": "gain - beta KL", "kl": "KL, nats"}
+    return tables, draw_lines(curves, "responses", titles, "responses sampled")
+
+
 def variance(logs):
     """How far are the estimators from the true gradient, on the same responses, a batch of 128 at a time?
 
@@ -842,7 +897,7 @@ EXPERIMENTS = {
     f.__name__: f
     for f in (
         *(tuning, frontier, head_to_head, critic, equivalence, overoptimisation),
-        *(responses, staleness, variance),
+        *(responses, staleness, variance, distance),
     )
 }
 
@@ -1105,6 +1160,7 @@ def main(args):
             measure_variance(args)
         elif not args.plots_only:
             train(plan(experiment, args), args)
+            train(plan(experiment, args), args)  # the runs that depend on the best of those just trained
         if not args.plots_only and experiment == "frontier":
             estimate_optimum(args)
         write_report(experiment, args)

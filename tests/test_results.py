@@ -11,10 +11,20 @@ import pytest
 import torch
 from conftest import ROOT
 
-spec = importlib.util.spec_from_file_location("reproduce", ROOT / "results" / "reproduce.py")
-reproduce = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(reproduce)
+
+def load(name):
+    """A script of results/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "results" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+reproduce = load("reproduce")
 NUMBER = re.compile(r"(?<![\w.-])-?\d+(?:\.\d+)?(?:e-?\d+)?(?![\w]|\.\d)")  # not the digits of P3O-V2
+
+
+BEST = "K 8"  # of the settings of P3O and PPO, in the logs made here
 
 
 def parse(folder, *words):
@@ -36,6 +46,8 @@ def synthetic_log(flags, kl, gain, gold, sha="a"):
             "eval_reward": gain * step,
             "eval_kl_exact": kl * step,
             "eval_gold": gold * step * (1.5 - step),
+            "eval_gold_even": gold * step * (1.4 - step),
+            "eval_gold_odd": gold * step * (1.6 - step),
         }
         | {"clip_fraction": 0.1, "log_ratio_max": 0.5, "grad_norm_min": 0.3, "grad_norm_max": 2.0}
         for step in (0, 0.5, 1)
@@ -64,11 +76,12 @@ def folder(tmp_path_factory):
         "gold_reward": [1 + kl**0.5 for kl in kls],
     }
     reproduce.write_log(args, "optimum", optimum)
-    for number, experiment in enumerate(reproduce.EXPERIMENTS):
+    for experiment in (*reproduce.EXPERIMENTS, "distance"):  # again: its later runs depend on the first
         for run in reproduce.plan(experiment, args):
             kl = 0.8 / run["beta"] + 0.1 * run["seed"]
             gain = (1 + 0.1 * (run["method"] == "p3o-v2")) * kl**0.5 + 0.01 * run["seed"]
             gain -= 0.02 * (run["method"] == "ppo") * run.get("times", 0)  # offsets cost PPO
+            gain += 0.03 * (run.get("setting") == BEST)
             log = synthetic_log(
                 run["flags"],
                 kl,
@@ -97,7 +110,7 @@ def test_plots_only_writes_everything(folder, monkeypatch):
         assert (folder / f"{experiment}.png").stat().st_size > 5000
         text = (folder / f"{experiment}.md").read_text()
         assert (
-            f"Commit 0123456; seeds {int(experiment != 'tuning')}" in text
+            f"Commit 0123456; seeds {int(experiment not in ('tuning', 'distance'))}" in text
             and "a machine" in text
             and "missing" not in text
         )
@@ -105,16 +118,37 @@ def test_plots_only_writes_everything(folder, monkeypatch):
             n for row in table(folder, experiment) for cell in row.values() for n in NUMBER.findall(cell)
         }
         shown = [line for line in text.splitlines() if line.startswith("|")]
-        assert shown and {n for line in shown for n in NUMBER.findall(line)} <= cells | {"95"}
+        assert shown and {n for line in shown for n in NUMBER.findall(line)} <= cells | {"90", "95"}
     rows = table(folder, "equivalence")
     assert {row["identical weights"] for row in rows if row["method"] == "p3o-v2"} == {"2 of 2"}
     assert {row["identical weights"] for row in rows if row["method"] == "ppo" and row["times"] == "4"} == {
         "0 of 2"
     }
     lost = {(row["method"], row["times"]): row["objective lost"] for row in rows if row["objective lost"]}
-    assert lost["p3o-v2", "16"] == "0.000" and lost["ppo", "16"] == "0.320" and len(lost) == 16
-    ahead = {row["times"]: float(row["difference"]) for row in rows if row["p3o-v2 minus"] == "ppo"}
-    assert ahead["16"] - ahead["0"] == pytest.approx(0.32, abs=2e-3)
+    assert lost["p3o-v2", "16"] == "0.000" and lost["ppo", "16"] == "0.320" and len(lost) == 20
+    ahead = {
+        (row["offsets"], row["times"]): float(row["difference"])
+        for row in rows
+        if row["p3o-v2 minus"] == "ppo"
+    }
+    assert ahead["noise", "0"] == ahead["by place", "0"]
+    for kind in ("noise", "by place"):
+        assert ahead[kind, "16"] - ahead[kind, "0"] == pytest.approx(0.32, abs=2e-3)
+    rows = [row for row in table(folder, "overoptimisation") if row["gold at the peak"]]
+    for (
+        row
+    ) in rows:  # the even prompts are highest half way, and the odd ones tell what was there: 0.55 of 0.6
+        assert float(row["gold at the peak"]) == pytest.approx(
+            float(row["gold at the end"]) * 0.55 / 0.6, abs=2e-3
+        )
+        assert row["lowest after it"] == row["gold at the peak"]
+    assert len(rows) == 4
+    rows = [row for row in table(folder, "distance") if row["table"].startswith("default")]
+    assert {row["more than default"][:5] for row in rows if row["setting"] == "default"} == {"0.000"}
+    (best,) = {row["setting"] for row in rows if row["method"] == "p3o-v2"} - {"default"}
+    assert best == BEST and {row["more than default"][:5] for row in rows if row["setting"] == best} == {
+        "0.030"
+    }
     rows = {row["method"]: row for row in table(folder, "critic")}
     assert rows["ppo"]["minus ppo"] == "0.000" != rows["ppo-lam1"]["objective"]
     assert rows["ppo"]["norm, minimum"] == "0.300" and rows["ppo"]["norm, maximum"] == "2.000"
@@ -208,6 +242,51 @@ def test_offsets_between_prompts_and_what_chance_makes_of_none():
     model, gold = reproduce.offsets(log)
     assert list(model.values()) == ["reward model", 1.5, pytest.approx(7**0.5), 0.75]
     assert list(gold.values())[1:] == pytest.approx([(10 / 3) ** 0.5, 3**0.5, (10 / 3) ** 0.5 / 2])
+
+
+def test_offsets_by_place_are_exact_and_as_large_as_asked():
+    """float64 adds them without rounding, so that P3O, which sees differences, cannot tell."""
+    shift = load("shift_by_place")
+    offsets = torch.tensor(list(shift.place_offsets(6.8).values()), dtype=torch.float64)
+    assert offsets.std(unbiased=False).item() == pytest.approx(6.8, rel=1e-2) and abs(offsets.mean()) < 0.01
+    scores = torch.randn(1000, 2, generator=torch.Generator().manual_seed(0)).double().unsqueeze(-1)
+    shifted = scores + offsets
+    assert torch.equal(shifted[:, 0] - shifted[:, 1], (scores[:, 0] - scores[:, 1]).expand_as(shifted[:, 0]))
+
+
+@pytest.mark.parametrize(
+    "change, rates, beta2",
+    [
+        ("constant", [1.0, 1.0, 1.0, 1.0], 0.95),
+        ("cosine", [1.0, 0.853553, 0.5, 0.146447], 0.95),
+        ("0.999", [1.0, 0.75, 0.5, 0.25], 0.999),
+    ],
+)
+def test_an_optimizer_with_another_schedule(change, rates, beta2):
+    """The first step of Adam is as long as the rate; the second run goes on from the state of the first."""
+    adamw, weight = load("with_optimizer").make_adamw(change), torch.nn.Parameter(torch.zeros(1))
+
+    def build():
+        return adamw([weight], betas=(0.9, 0.95), eps=0.0, weight_decay=0.0)
+
+    optimizer = build()
+    for step, rate in enumerate(rates):
+        if step == 2:
+            state, optimizer = optimizer.state_dict(), build()
+            optimizer.load_state_dict(state)
+        optimizer.param_groups[0]["lr"] = 1.0 - step / 4  # as the scripts set it
+        before, weight.grad = weight.item(), torch.ones(1)
+        optimizer.step()
+        assert before - weight.item() == pytest.approx(rate, abs=1e-5)
+        assert optimizer.param_groups[0]["lr"] == 1.0 - step / 4
+    assert optimizer.param_groups[0]["betas"] == (0.9, beta2)
+
+
+def test_responses_needed():
+    curve = [(4000, 0.9), (1000, 0.8), (16000, 0.98)]
+    assert reproduce.responses_to(curve, 0.85) == 2000  # half way on a logarithmic scale
+    assert reproduce.responses_to(curve, 0.94) == 8000
+    assert reproduce.responses_to(curve, 0.7) == 1000 and reproduce.responses_to(curve, 0.99) is None
 
 
 def test_t_interval():
