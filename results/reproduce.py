@@ -96,7 +96,7 @@ SETTINGS = {  # every one samples the 7680 responses of the default
     "rate 0.001": {"learning_rate": 1e-3},
 }
 RATES_TRIED = "rate 0.0001", "default", "rate 0.001"
-TIMES = 0.25, 0.5, 1, 2, 4, 10  # the responses sampled, over the default's
+TIMES = 0.5, 1, 2, 4, 10  # the responses sampled, over the default's
 PAPER = {("p3o-v2", "ppo"): "57.0", ("p3o-v2", "sft"): "69.3", ("dpo", "p3o-v2"): "45.4"}  # GPT-4, HH, 6B
 T975 = 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262  # Student's t for 1, 2, ... degrees
 MEASURING = threading.Lock()  # torch has one random state per process
@@ -237,19 +237,20 @@ def plan(experiment, args):
     if experiment == "equivalence":
         spread = (read_log(args, "sft") or {}).get("reward_spread")
         shifts = [(f, float(f"{f * spread:.2g}")) for f in SHIFTS] if spread else []
-        methods = "p3o-v2", "ppo", "ppo-max", "ppo-unwhitened", "ppo-values-unclipped"
+        methods, ends = ("p3o-v2", "ppo", "ppo-max", "ppo-unwhitened"), (SHIFTS[0], SHIFTS[-1])
+        noise = [(m, f, shift) for m in methods for f, shift in shifts]
+        noise += [("ppo-values-unclipped", f, shift) for f, shift in shifts if f in ends]
         runs = [
             make_run(m, BETA, seed, steps, reward_shift=shift) | {"offsets": "noise", "times": f}
             for seed in seeds
-            for m in methods
-            for f, shift in shifts
+            for m, f, shift in noise
         ]
         runs += [
             shift_by_place(make_run(m, BETA, seed, steps), shift) | {"offsets": "by place", "times": f}
             for seed in seeds
             for m in ("p3o-v2", "ppo", "ppo-values-unclipped")
             for f, shift in shifts
-            if m != "p3o-v2" or f in (SHIFTS[0], SHIFTS[-1])  # it is the same run at any size
+            if m != "p3o-v2" or f in ends  # it is the same run at any size
         ]
         return runs
     if experiment == "critic":
