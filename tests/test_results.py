@@ -127,7 +127,7 @@ def test_plots_only_writes_everything(folder, monkeypatch):
         "0 of 2"
     }
     lost = {(row["method"], row["times"]): row["objective lost"] for row in rows if row["objective lost"]}
-    assert lost["p3o-v2", "16"] == "0.000" and lost["ppo", "16"] == "0.320" and len(lost) == 18
+    assert lost["p3o-v2", "16"] == "0.000" and lost["ppo", "16"] == "0.320" and len(lost) == 20
     ahead = {
         (row["offsets"], row["times"]): float(row["difference"])
         for row in rows
