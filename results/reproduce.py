@@ -79,6 +79,13 @@ SETTINGS = {  # every one samples the 7680 responses of the default
     "default": {},
     "K 4": {"num_responses": 4, "prompts_per_step": 32, "minibatch_size": 16},
     "K 8": {"num_responses": 8, "prompts_per_step": 16, "minibatch_size": 8},
+    "K 8, 120 steps": {"num_responses": 8, "steps": 120, "prompts_per_step": 8, "minibatch_size": 8},
+    "K 8, rate 0.0005": {
+        "num_responses": 8,
+        "prompts_per_step": 16,
+        "minibatch_size": 8,
+        "learning_rate": 5e-4,
+    },
     "30 steps": {"steps": 30, "prompts_per_step": 128},
     "120 steps": {"steps": 120, "prompts_per_step": 32},
     "240 steps": {"steps": 240, "prompts_per_step": 16, "minibatch_size": 16},
