@@ -86,6 +86,12 @@ SETTINGS = {  # every one samples the 7680 responses of the default
         "minibatch_size": 8,
         "learning_rate": 5e-4,
     },
+    "K 16, rate 0.0005": {
+        "num_responses": 16,
+        "prompts_per_step": 8,
+        "minibatch_size": 4,
+        "learning_rate": 5e-4,
+    },
     "30 steps": {"steps": 30, "prompts_per_step": 128},
     "120 steps": {"steps": 120, "prompts_per_step": 32},
     "240 steps": {"steps": 240, "prompts_per_step": 16, "minibatch_size": 16},
