@@ -295,7 +295,7 @@ def plan(experiment, args):
         runs = [(m, x, 0, 1, "tuning") for m, x in tried]
         runs += [(m, x, seed, 1, "held-out seeds") for m, x in compared for seed in seeds]
         for times in TIMES:  # long runs are few
-            methods, count = (["p3o-v2"], 1) if times > 4 else (best, 3 if times <= 2 else 1)
+            methods, count = (["p3o-v2"], 1) if times > 4 else (best, {1: 3, 4: 1}.get(times, 2))
             runs += [(m, best[m], seed, times, "samples") for m in methods for seed in list(seeds)[:count]]
         return [
             set_up(m, x, seed, steps, times) | {"part": part, "setting": x, "times": times}
