@@ -24,9 +24,15 @@ from transformers import AutoModelForCausalLM
 
 import p3o
 
-spec = importlib.util.spec_from_file_location("p3o_with_trl", ROOT / "examples/p3o_with_trl.py")
-example = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(example)
+
+def load(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+example = load(ROOT / "examples/p3o_with_trl.py")
 
 RATE, R = 0.0005, 8
 FLAGS = ["--use_cpu", "--max_completion_length", R, "--eval_prompts", 8, "--per_device_eval_batch_size", 12]
@@ -75,8 +81,8 @@ def weights(folder):
     return load_file(folder / "model.safetensors")
 
 
-def update_by_p3o(rows, K, clipping, temperature):
-    """p3o.py's two updates on the fixed responses to these prompts."""
+def update_by_p3o(rows, K, clipping, temperature, steps=2):
+    """p3o.py's updates on the fixed responses to these prompts."""
     settings = {"clipping": clipping, "temperature": temperature, "response_length": R, "device": "cpu"}
     args = p3o.Args(**settings, micro_batch_size=4, max_grad_norm=1e9)
     tokenizer = p3o.load_tokenizer(args.model)
@@ -91,7 +97,7 @@ def update_by_p3o(rows, K, clipping, temperature):
     logp_old_seq, logp_ref_seq = (batch[x].sum(1).view(-1, K) for x in ("logp_old_tok", "logp_ref_tok"))
     reward = p3o.trajectory_reward(score, logp_old_seq, logp_ref_seq, args.beta)
     optimizer = torch.optim.SGD(policy.parameters(), RATE)
-    for step in (1, 2):
+    for step in range(steps):
         p3o.update_policy(policy, optimizer, batch, reward, torch.arange(len(reward)), step, args)
     return policy.state_dict()
 
@@ -125,6 +131,19 @@ def test_updates_are_those_of_p3o(clipping, K, temperature, chain, tmp_path, mon
     assert_same_update(
         weights(tmp_path), update_by_p3o(rows, K, clipping, temperature), weights(chain / "out/sft")
     )
+
+
+def test_rloo_of_trl_does_the_work_it_is_compared_by(chain, tmp_path, monkeypatch):
+    """results/trl/rloo.py: its first update, of two responses to each prompt, is the pairwise gradient's."""
+    peer, seen = load(ROOT / "results/trl/rloo.py"), []
+    monkeypatch.setattr(peer.Trainer, "_generate_single_turn", fixed_responses(seen))
+    monkeypatch.chdir(chain)
+    args = p3o.Args(steps=1, prompts_per_step=4, minibatch_size=4, epochs=1, response_length=R)
+    args.learning_rate, args.max_grad_norm, args.output_dir = RATE, 1e9, str(tmp_path / "rloo")
+    peer.main(args, optim="sgd", lr_scheduler_type="constant")
+    expected = update_by_p3o(seen[0], 2, "none", 1.0, steps=1)
+    assert_same_update(weights(tmp_path / "rloo"), expected, weights(chain / "out/sft"))
+    assert len((tmp_path / "rloo/metrics.jsonl").read_text().splitlines()) == 1
 
 
 @pytest.fixture(scope="module")

@@ -44,7 +44,8 @@ class Clock(TrainerCallback):
         self.times.append(time.perf_counter())
 
 
-def main(args):
+def main(args, **more):
+    """more: fields of RLOOConfig."""
     args.micro_batch_size = args.micro_batch_size or args.minibatch_size
     args.device = "cpu"
     B, K, micro = args.prompts_per_step, args.num_responses, args.micro_batch_size
@@ -72,6 +73,7 @@ def main(args):
         report_to="none",
         logging_strategy="no",
         model_init_kwargs={"dtype": "float32"},
+        **more,
     )
     tokenizer = p3o.load_tokenizer(args.model)
     prompts = p3o.read_prompts(args.dataset, ["train"], tokenizer, args)
