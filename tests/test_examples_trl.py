@@ -81,12 +81,18 @@ def weights(folder):
     return load_file(folder / "model.safetensors")
 
 
-def update_by_p3o(rows, K, clipping, temperature, steps=2):
+def other_reference(model):
+    """Makes a model differ from the policy, so that there is a KL in the reward."""
+    model.get_input_embeddings().weight.data *= 1.1
+
+
+def update_by_p3o(rows, K, clipping, temperature, steps=2, change_reference=lambda model: None):
     """p3o.py's updates on the fixed responses to these prompts."""
     settings = {"clipping": clipping, "temperature": temperature, "response_length": R, "device": "cpu"}
     args = p3o.Args(**settings, micro_batch_size=4, max_grad_norm=1e9)
     tokenizer = p3o.load_tokenizer(args.model)
     policy, reference = (p3o.load_model(AutoModelForCausalLM, args.model, tokenizer, args) for _ in range(2))
+    change_reference(reference)
     responses = [fixed_response(ids, row % K) for row, ids in enumerate(rows)]
     tokens = *p3o.pad(rows, "left", tokenizer, "cpu"), *p3o.pad(responses, "right", tokenizer, "cpu")
     batch = dict(zip(p3o.TOKENS, tokens)) | {"response": responses}
@@ -137,11 +143,13 @@ def test_rloo_of_trl_does_the_work_it_is_compared_by(chain, tmp_path, monkeypatc
     """results/trl/rloo.py: its first update, of two responses to each prompt, is the pairwise gradient's."""
     peer, seen = load(ROOT / "results/trl/rloo.py"), []
     monkeypatch.setattr(peer.Trainer, "_generate_single_turn", fixed_responses(seen))
+    before = peer.Trainer.train
+    monkeypatch.setattr(peer.Trainer, "train", lambda self: other_reference(self.ref_model) or before(self))
     monkeypatch.chdir(chain)
     args = p3o.Args(steps=1, prompts_per_step=4, minibatch_size=4, epochs=1, response_length=R)
     args.learning_rate, args.max_grad_norm, args.output_dir = RATE, 1e9, str(tmp_path / "rloo")
     peer.main(args, optim="sgd", lr_scheduler_type="constant")
-    expected = update_by_p3o(seen[0], 2, "none", 1.0, steps=1)
+    expected = update_by_p3o(seen[0], 2, "none", 1.0, 1, other_reference)
     assert_same_update(weights(tmp_path / "rloo"), expected, weights(chain / "out/sft"))
     assert len((tmp_path / "rloo/metrics.jsonl").read_text().splitlines()) == 1
 
