@@ -219,6 +219,38 @@ def test_wins_over_all_cross_pairs():
     assert reproduce.win_and_tie_rate(b, a)[0] == pytest.approx(1 - sum(outcomes) / 18)
 
 
+def test_the_win_rate_interval_covers_what_other_trainings_would_give():
+    """Trainings differ, and both policies draw with the same random numbers: still 95% or nearly."""
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(32, 6, generator=generator, dtype=torch.float64)  # of six texts at 32 prompts
+    gold = torch.randn(32, 6, generator=generator, dtype=torch.float64)
+
+    def trained(better):  # text probabilities (32, 6) of a training: nearer to the gold reward, by luck too
+        luck = 0.3 * torch.randn(1, generator=generator, dtype=torch.float64)
+        return (base + (better + luck) * gold).softmax(1)
+
+    def true_rate(a, b):
+        difference = gold.unsqueeze(2) - gold.unsqueeze(1)
+        score = (difference > 0).double() + (difference == 0).double() / 2
+        return torch.einsum("pi,pij,pj->p", a, score, b).mean().item()
+
+    truth = sum(true_rate(trained(0.4), trained(0.0)) for _ in range(1000)) / 1000
+    covered, by_wilson = 0, 0
+    for _ in range(200):
+        rates, draws = [], []
+        for _ in range(5):
+            uniform = torch.rand(32, 8, generator=generator, dtype=torch.float64)  # of both policies
+            texts = [torch.searchsorted(trained(x).cumsum(1), uniform).clamp(max=5) for x in (0.4, 0.0)]
+            draws.append([gold.gather(1, text) for text in texts])
+            rates.append(reproduce.win_and_tie_rate(*(x.tolist() for x in draws[-1]))[0])
+        row = reproduce.stat("wins", rates)
+        covered += row["wins_low"] < truth < row["wins_high"]
+        _, low, high = reproduce.theory.win_rate(*(torch.cat(x).flatten() for x in zip(*draws)))
+        by_wilson += low < truth < high
+    assert 0.91 <= covered / 200 <= 0.98
+    assert by_wilson / 200 < 0.85  # what pooled draws give, as if there had been one training
+
+
 def test_errors_of_estimators_with_a_known_truth():
     """Gradients of ten numbers: truth t, an unbiased noisy one, a biased one with little noise."""
     generator, truth = torch.Generator().manual_seed(0), torch.arange(1.0, 11.0, dtype=torch.float64)
