@@ -86,6 +86,7 @@ SETTINGS = {  # every one samples the 7680 responses of the default
         "minibatch_size": 8,
         "learning_rate": 5e-4,
     },
+    "K 8, 4 epochs": {"num_responses": 8, "prompts_per_step": 16, "minibatch_size": 8, "epochs": 4},
     "K 16, rate 0.0005": {
         "num_responses": 16,
         "prompts_per_step": 8,
