@@ -73,7 +73,7 @@ MATCHED_KL = 0.5, 1.0, 2.0, 3.0
 RATES = 1e-4, 3e-4, 1e-3  # the learning rates tried, the same for every method; one more where the best was
 WIDER = {"dpo": 3e-5, "online-dpo": 3e-5, "ppo-max": 3e-3}  # the lowest or the highest of them
 SEEDS = {"frontier": 5, "head_to_head": 5, "equivalence": 5, "critic": 5, "overoptimisation": 5}
-SEEDS |= {"responses": 3, "staleness": 3}  # else 1
+SEEDS |= {"responses": 3, "staleness": 3, "distance": 5}  # else 1
 SHIFTS = 0, 1, 4, 16  # times the spread of the reward among the responses to a prompt
 SETTINGS = {  # every one samples the 7680 responses of the default
     "default": {},

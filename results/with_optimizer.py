@@ -28,10 +28,10 @@ def make_adamw(change):
     """
 
     class AdamW(torch.optim.AdamW):
-        def __init__(self, params, **options):
+        def __init__(self, params, *others, **options):
             if change not in SHAPES:
                 options["betas"] = (options["betas"][0], float(change))
-            super().__init__(params, **options)
+            super().__init__(params, *others, **options)
 
         def step(self):
             (group,) = self.param_groups

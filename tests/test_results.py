@@ -301,7 +301,7 @@ def test_an_optimizer_with_another_schedule(change, rates, beta2):
     adamw, weight = load("with_optimizer").make_adamw(change), torch.nn.Parameter(torch.zeros(1))
 
     def build():
-        return adamw([weight], betas=(0.9, 0.95), eps=0.0, weight_decay=0.0)
+        return adamw([weight], 1.0, betas=(0.9, 0.95), eps=0.0, weight_decay=0.0)  # the rate as ppo.py gives it
 
     optimizer = build()
     for step, rate in enumerate(rates):
