@@ -110,7 +110,7 @@ SETTINGS = {  # every one samples the 7680 responses of the default
     "rate 0.001": {"learning_rate": 1e-3},
 }
 RATES_TRIED = "rate 0.0001", "default", "rate 0.001"
-TIMES = 0.5, 1, 2, 10  # the responses sampled, over the default's
+TIMES = 0.25, 0.5, 1, 2, 10  # the responses sampled, over the default's
 PAPER = {("p3o-v2", "ppo"): "57.0", ("p3o-v2", "sft"): "69.3", ("dpo", "p3o-v2"): "45.4"}  # GPT-4, HH, 6B
 T975 = 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262  # Student's t for 1, 2, ... degrees
 MEASURING = threading.Lock()  # torch has one random state per process
@@ -834,7 +834,7 @@ def staleness(logs):
 def responses_to(curve, share):
     """How many responses a curve [(responses, efficiency), ...] needs to reach a share; None: it does not.
 
-    Linear in the logarithm of their number; the first crossing counts."""
+    Linear in the logarithm of their number; the first crossing counts, or else the first point."""
     curve = sorted(curve)
     if curve and curve[0][1] >= share:
         return curve[0][0]
@@ -858,15 +858,21 @@ def distance(logs):
         for part in ("tuning", "held-out seeds", "samples")
     }
     tried, compared, sampled = parts.values()
-    default = {(p["method"], p["seed"]): p["objective"] for p in compared if p["setting"] == "default"}
-    for p in compared:
-        before = default.get((p["method"], p["seed"]))
-        p["more than default"] = None if before is None else p["objective"] - before
-    best = {m: best_setting(m, logs.args) for m in dict.fromkeys(p["method"] for p in tried)}
+    best = {m: best_setting(m, logs.args) for m in ("p3o-v2", "ppo", "trl-rloo")}
     settings = [
         row | {"best": "yes" if best[row["method"]] == row["setting"] else ""}
         for row in group(tried, ("method", "setting"), values)
     ]
+    objectives = {(p["method"], p["setting"], p["seed"]): p["objective"] for p in compared}
+    for p in compared:
+        default = objectives.get((p["method"], "default", p["seed"]))
+        p["more than default"] = None if default is None else p["objective"] - default
+    leads, best_pair = [], (best["p3o-v2"], best["ppo"])
+    for own, its in dict.fromkeys((("default", "default"), (best["p3o-v2"], "default"), best_pair)):
+        seeds = [s for m, x, s in objectives if m == "p3o-v2" and x == own and ("ppo", its, s) in objectives]
+        differences = [objectives["p3o-v2", own, s] - objectives["ppo", its, s] for s in seeds]
+        row = {"p3o-v2": own, "minus ppo": its, "seeds": len(seeds)}
+        leads += [row | stat("difference", differences)] if seeds else []
     curves = group(sampled, ("method", "setting", "responses"), values)
     needed = []
     for method in dict.fromkeys(row["method"] for row in curves):
@@ -879,6 +885,7 @@ def distance(logs):
         "default and best on the other seeds": group(
             compared, ("method", "setting"), (*values, "more than default")
         ),
+        "objective, seed by seed": leads,
         "more and fewer responses": curves,
         "responses needed": needed,
     }
