@@ -834,14 +834,14 @@ def staleness(logs):
 def responses_to(curve, share):
     """How many responses a curve [(responses, efficiency), ...] needs to reach a share; None: it does not.
 
-    Linear in the logarithm of their number; the first crossing counts, or else the first point."""
+    Linear in the logarithm of their number; the first crossing counts. Of a curve that starts beyond the
+    share it is only known that so many are enough: "at most"."""
     curve = sorted(curve)
     if curve and curve[0][1] >= share:
-        return curve[0][0]
+        return f"at most {curve[0][0]}"
     for (left, below), (right, above) in zip(curve, curve[1:]):
         if above >= share:
-            way = (share - below) / (above - below)
-            return round(left * (right / left) ** way)
+            return round(left * (right / left) ** ((share - below) / (above - below)))
     return None
 
 

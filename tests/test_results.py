@@ -301,7 +301,9 @@ def test_an_optimizer_with_another_schedule(change, rates, beta2):
     adamw, weight = load("with_optimizer").make_adamw(change), torch.nn.Parameter(torch.zeros(1))
 
     def build():
-        return adamw([weight], 1.0, betas=(0.9, 0.95), eps=0.0, weight_decay=0.0)  # the rate as ppo.py gives it
+        return adamw(
+            [weight], 1.0, betas=(0.9, 0.95), eps=0.0, weight_decay=0.0
+        )  # the rate as ppo.py gives it
 
     optimizer = build()
     for step, rate in enumerate(rates):
@@ -320,7 +322,8 @@ def test_responses_needed():
     curve = [(4000, 0.9), (1000, 0.8), (16000, 0.98)]
     assert reproduce.responses_to(curve, 0.85) == 2000  # half way on a logarithmic scale
     assert reproduce.responses_to(curve, 0.94) == 8000
-    assert reproduce.responses_to(curve, 0.7) == 1000 and reproduce.responses_to(curve, 0.99) is None
+    assert reproduce.responses_to(curve, 0.7) == "at most 1000"
+    assert reproduce.responses_to(curve, 0.99) is None
 
 
 def test_t_interval():
@@ -388,6 +391,16 @@ def cosine(policy, estimator):
     return "variance", "gradients", {"policy": policy, "estimator": estimator}, "cosine"
 
 
+BOTH = "", "_low", "_high"
+HELD_OUT, LEAD, PLACES = "default and best on the other seeds", "objective, seed by seed", "by place"
+SAMPLES, TUNED = "more and fewer responses", "K 8, rate 0.0005"
+
+
+def behind(method, times, *columns):
+    where = {"p3o-v2 minus": method, "offsets": PLACES, "times": times}
+    return [("equivalence", LEAD, where, column) for column in columns]
+
+
 CLAIMS = [  # a sentence of results/README.md, and for each {} of it: experiment, table, row, column; "-": negated
     (
         "is {:.3f} [{:.3f}, {:.3f}] behind PPO, no less than P3O-V2, {:.3f} [{:.3f}, {:.3f}]",
@@ -405,6 +418,45 @@ CLAIMS = [  # a sentence of results/README.md, and for each {} of it: experiment
         "has a cosine of {:.2f} to the true one, the plain policy gradient's is {:.2f}, PPO's {:.2f}, and with "
         "lam = 1, without bias, as much: {:.2f}",
         *[cosine("after PPO", name) for name in ("PPG", "VPG", "PPO", "PPO, lam = 1")],
+    ),
+    (
+        "PPO is still ahead, by {:.3f} [{:.3f}, {:.3f}]",
+        *behind("ppo", "1", "-difference", "-difference_high", "-difference_low"),
+    ),
+    (
+        "cannot be told from P3O, {:.3f} [{:.3f}, {:.3f}]",
+        *behind("ppo", "4", "difference", "difference_low", "difference_high"),
+    ),
+    (
+        "it is behind, by {:.3f} [{:.3f}, {:.3f}]",
+        *behind("ppo", "16", "difference", "difference_low", "difference_high"),
+    ),
+    (
+        "which it is behind by {:.3f} [{:.3f}, {:.3f}]",
+        *behind("ppo-values-unclipped", "16", "difference", "difference_low", "difference_high"),
+    ),
+    (
+        "P3O gains {:.3f} [{:.3f}, {:.3f}] by it",
+        *[
+            ("distance", HELD_OUT, {"method": "p3o-v2", "setting": TUNED}, f"more than default{end}")
+            for end in BOTH
+        ],
+    ),
+    (
+        "from its default, {:.3f} [{:.3f}, {:.3f}]",
+        *[("distance", LEAD, {"p3o-v2": TUNED, "minus ppo": "default"}, f"difference{end}") for end in BOTH],
+    ),
+    (
+        "from its best, {:.3f} [{:.3f}, {:.3f}]",
+        *[("distance", LEAD, {"p3o-v2": TUNED, "minus ppo": "4 epochs"}, f"difference{end}") for end in BOTH],
+    ),
+    (
+        "at the best of three learning rates, gets {:.3f} of the optimum's gain",
+        ("distance", SAMPLES, {"method": "trl-rloo", "responses": "7680"}, "efficiency"),
+    ),
+    (
+        "with ten times as many it gets {:.3f}, and what is missing",
+        ("distance", SAMPLES, {"method": "p3o-v2", "responses": "76800"}, "efficiency"),
     ),
     (
         "the plain policy gradient, {:.2f}, is nearer than the pair's, {:.2f}",
