@@ -213,7 +213,8 @@ def set_up(method, setting, seed, steps=None, times=1):
     default = SCRIPTS[METHODS[method][0]]()
     flags = dict(SETTINGS[setting])
     change = flags.pop("optimizer", None)
-    steps = steps or round(flags.pop("steps", default.steps) * times)
+    own = flags.pop("steps", default.steps)
+    steps = round((steps or own) * times)
     tag = None if set(flags) <= set(SHORT) and not change else setting.replace(" ", "-").replace(",", "")
     run = make_run(method, BETA, seed, steps if steps != default.steps else None, tag=tag, **flags)
     if times != 1:
@@ -294,8 +295,9 @@ def plan(experiment, args):
         runs = [(m, x, 0, 1, "tuning") for m, x in tried]
         runs += [(m, x, seed, 1, "held-out seeds") for m, x in compared for seed in seeds]
         for times in TIMES:  # long runs are few
-            methods, count = ["p3o-v2"] if times == 10 else best, 3 if times == 1 else 1
-            runs += [(m, best[m], seed, times, "samples") for m in methods for seed in list(seeds)[:count]]
+            for m in ["p3o-v2"] if times == 10 else best:
+                count = {1: 3 if m == "trl-rloo" else len(seeds)}.get(times, 1)
+                runs += [(m, best[m], seed, times, "samples") for seed in list(seeds)[:count]]
         return [
             set_up(m, x, seed, steps, times) | {"part": part, "setting": x, "times": times}
             for m, x, seed, times, part in runs
@@ -326,8 +328,10 @@ def prepare(args):
             raise SystemExit(f"{script} failed")
     if not read_log(args, "sft"):
         rows = answer("sft")
-        spread = float(f"{column(rows, 'reward').std(1).mean().item():.2g}")
-        write_log(args, "sft", origin() | {"reward_spread": spread} | measures(rows))
+        reward = column(rows, "reward")
+        spread = {"reward_spread": float(f"{reward.std(1).mean().item():.2g}")}
+        spread |= {"reward_variance": reward.var(1).mean().item()}
+        write_log(args, "sft", origin() | spread | measures(rows))
 
 
 def train(runs, args, models=False):
@@ -728,8 +732,10 @@ def offsets(log):
     """Standard deviations of each reward: within a prompt, of the prompts' means, and of those by chance."""
     means, rows = log["prompts"], []
     within = {"reward": log["reward_spread"], "gold": statistics.fmean(map(statistics.stdev, log["gold"]))}
+    variance = {"reward": log["reward_variance"]}
+    variance |= {"gold": statistics.fmean(map(statistics.variance, log["gold"]))}
     for name, title in (("reward", "reward model"), ("gold", "gold reward")):
-        chance = within[name] / math.sqrt(len(log["gold"][0]))
+        chance = math.sqrt(variance[name] / len(log["gold"][0]))
         row = {"reward": title, "spread at one prompt": within[name]}
         rows.append(row | {"spread of the means": statistics.stdev(means[name]), "of it by chance": chance})
     return rows
@@ -845,12 +851,20 @@ def responses_to(curve, share):
     return None
 
 
+def objectives_by_prompt(point):
+    """Mean reward less beta KL at each prompt."""
+    means = point["log"]["prompts"]
+    return [reward - point["beta"] * kl for reward, kl in zip(means["reward"], means["kl"])]
+
+
 def distance(logs):
     """How near to the optimum do P3O and PPO come, by which setting, and with how many responses?
 
     Tried on seed 0 and compared on the others; every setting samples as many responses. Efficiency: the gain
     over the optimum's at the same KL. trl-rloo: RLOOTrainer of TRL with its own optimizer settings and the
-    learning rate best for it. The rate falls to 0 over each run, however many responses it samples."""
+    learning rate best for it. The rate falls to 0 over each run, however many responses it samples. Over
+    prompts: of differences averaged over seeds; all runs answer the same prompts with the same random
+    numbers, whose error no interval over seeds has."""
     count = p3o.Args().steps * p3o.Args().prompts_per_step * p3o.Args().num_responses
     values = "objective", "efficiency", "gain", "kl"
     parts = {
@@ -867,12 +881,15 @@ def distance(logs):
     for p in compared:
         default = objectives.get((p["method"], "default", p["seed"]))
         p["more than default"] = None if default is None else p["objective"] - default
+    by_prompt = {(p["method"], p["setting"], p["seed"]): objectives_by_prompt(p) for p in compared}
     leads, best_pair = [], (best["p3o-v2"], best["ppo"])
     for own, its in dict.fromkeys((("default", "default"), (best["p3o-v2"], "default"), best_pair)):
         seeds = [s for m, x, s in objectives if m == "p3o-v2" and x == own and ("ppo", its, s) in objectives]
-        differences = [objectives["p3o-v2", own, s] - objectives["ppo", its, s] for s in seeds]
         row = {"p3o-v2": own, "minus ppo": its, "seeds": len(seeds)}
-        leads += [row | stat("difference", differences)] if seeds else []
+        row |= stat("difference", [objectives["p3o-v2", own, s] - objectives["ppo", its, s] for s in seeds])
+        both = [zip(by_prompt["p3o-v2", own, s], by_prompt["ppo", its, s]) for s in seeds]
+        differences = [[x - y for x, y in pairs] for pairs in both]  # by seed and prompt
+        leads.append(row | stat("over prompts", [statistics.fmean(x) for x in zip(*differences)]))
     curves = group(sampled, ("method", "setting", "responses"), values)
     needed = []
     for method in dict.fromkeys(row["method"] for row in curves):
