@@ -6,8 +6,8 @@
 A run is a method, its flags and a seed. It is trained by the script of its method into out/results/NAME, one
 thread to a process, continued if it was interrupted; then it answers 128 test prompts 16 times each. What is
 needed of that goes to results/logs/NAME.json; a run with a log is never repeated. From the logs alone come
-results/EXPERIMENT.csv, .md and .png. Learning rates were chosen on seed 0, which draws the optimum and is not
-reported; seeds 1, 2, ... are. Intervals: 95%, Student's t over seeds.
+results/EXPERIMENT.csv, .md and .png. Learning rates were chosen on seed 0, which draws the optimum and is in no
+interval; seeds 1, 2, ... are. Intervals: 95%, Student's t over seeds.
 
 Gain: mean reward less the SFT model's on the same prompts. KL to the SFT model: nats per response, exact at
 every token. Legend: P prompts, S responses to each, K responses per prompt in training.
@@ -73,7 +73,7 @@ MATCHED_KL = 0.5, 1.0, 2.0, 3.0
 RATES = 1e-4, 3e-4, 1e-3  # the learning rates tried, the same for every method; one more where the best was
 WIDER = {"dpo": 3e-5, "online-dpo": 3e-5, "ppo-max": 3e-3}  # the lowest or the highest of them
 SEEDS = {"frontier": 5, "head_to_head": 5, "equivalence": 5, "critic": 5, "overoptimisation": 5}
-SEEDS |= {"responses": 3, "staleness": 3, "distance": 5}  # else 1
+SEEDS |= {"responses": 3, "distance": 5}  # else 1
 SHIFTS = 0, 1, 4, 16  # times the spread of the reward among the responses to a prompt
 SETTINGS = {  # every one samples the 7680 responses of the default
     "default": {},
@@ -623,7 +623,7 @@ class Logs:
 
 
 def tuning(logs):
-    """Which learning rate is best for each method? Seed 0, which is reported nowhere else.
+    """Which learning rate is best for each method? On seed 0, which is in no interval.
 
     The picture ends at 0; the table does not."""
     rows = group(logs.points, ("method", "learning rate"), ("objective", "gain", "kl"))

@@ -439,28 +439,61 @@ SAMPLES, TUNED = "more and fewer responses", "K 8, rate 0.0005"
 
 
 def behind(method, times, *columns):
+    """Of P3O over a method with offsets by place."""
     where = {"p3o-v2 minus": method, "offsets": PLACES, "times": times}
     return [("equivalence", LEAD, where, column) for column in columns]
 
 
+OVER_PROMPTS = "over prompts_low", "over prompts_high"
+
+
+def lead(own, its, *columns):
+    """Of P3O over PPO, each in a setting."""
+    return [("distance", LEAD, {"p3o-v2": own, "minus ppo": its}, column) for column in columns]
+
+
+def gold_at(method):
+    """The gold gain of a method at beta 0.05 and at beta 0.25."""
+    ends = [f"gold_gain{end}" for end in BOTH]
+    here = [("overoptimisation", "after training", {"method": method}, end) for end in ends]
+    return here + [("frontier", "every beta", {"method": method, "beta": "0.25"}, end) for end in ends]
+
+
+def passes(method):
+    return "staleness", "staleness", {"method": method, "epochs": "8"}, "objective"
+
+
+CURVES = "overoptimisation", "training curves, means over seeds", {"method": "dpo"}
+AGAINST = "{:.3f} [{:.3f}, {:.3f}] against {:.3f} [{:.3f}, {:.3f}]"
 CLAIMS = [  # a sentence of results/README.md, and for each {} of it: experiment, table, row, column; "-": negated
     (
-        "is {:.3f} [{:.3f}, {:.3f}] behind PPO, no less than P3O-V2, {:.3f} [{:.3f}, {:.3f}]",
+        "is {:.3f} [{:.3f}, {:.3f}] behind PPO, much as P3O-V2 is, {:.3f} [{:.3f}, {:.3f}]",
         *[(*CRITIC, {"method": "ppo-no-critic"}, f"-minus ppo{end}") for end in ("", "_high", "_low")],
         *[(*CRITIC, {"method": "p3o-v2"}, f"-minus ppo{end}") for end in ("", "_high", "_low")],
     ),
     (
-        "cannot be told from PPO, {:.3f} [{:.3f}, {:.3f}]",
+        "cannot be told from PPO with its lam, {:.3f} [{:.3f}, {:.3f}]",
         *[(*CRITIC, {"method": "ppo-lam1"}, f"minus ppo{end}") for end in ("", "_low", "_high")],
     ),
     ("P3O reaches {:.1f} nats", ("frontier", "every beta", {"method": "p3o-v2", "beta": "0.1"}, "kl")),
-    ("never below {:.2f}", (*CRITIC, {"method": "p3o-v2"}, "norm, least of all")),
-    ("never above {:.2f}", (*CRITIC, {"method": "ppo"}, "norm, most of all")),
+    ("in a step is never below {:.2f}", (*CRITIC, {"method": "p3o-v2"}, "norm, least of all")),
+    ("PPO's never above {:.2f}", (*CRITIC, {"method": "ppo"}, "norm, most of all")),
     (
         "has a cosine of {:.2f} to the true one, the plain policy gradient's is {:.2f}, PPO's {:.2f}, and with "
         "lam = 1, without bias, as much: {:.2f}",
         *[cosine("after PPO", name) for name in ("PPG", "VPG", "PPO", "PPO, lam = 1")],
     ),
+    (
+        "this one seed has {:.3f} with neither, {:.3f} with weights, {:.3f} with V2's clip",
+        *map(passes, ("ppg", "p3o-weighted", "p3o-v2")),
+    ),
+    ("of offline DPO is highest at {:.3f} nats", (*CURVES, "KL at the gold peak")),
+    ("rises by {:.3f} [{:.3f}, {:.3f}]", *[(*CURVES, f"proxy since the peak{end}") for end in BOTH]),
+    ("does not: {:.3f} [{:.3f}, {:.3f}]", *[(*CURVES, f"gold since the peak{end}") for end in BOTH]),
+    (f"the offline one {AGAINST}", *gold_at("dpo")),
+    (f"the online one {AGAINST}", *gold_at("online-dpo")),
+    (f"P3O has not, {AGAINST}", *gold_at("p3o-v2")),
+    (f"nor has PPO, {AGAINST}", *gold_at("ppo")),
     (
         "PPO is still ahead, by {:.3f} [{:.3f}, {:.3f}]",
         *behind("ppo", "1", "-difference", "-difference_high", "-difference_low"),
@@ -474,7 +507,7 @@ CLAIMS = [  # a sentence of results/README.md, and for each {} of it: experiment
         *behind("ppo", "16", "difference", "difference_low", "difference_high"),
     ),
     (
-        "which it is behind by {:.3f} [{:.3f}, {:.3f}]",
+        "without it PPO is behind by {:.3f} [{:.3f}, {:.3f}]",
         *behind("ppo-values-unclipped", "16", "difference", "difference_low", "difference_high"),
     ),
     (
@@ -485,19 +518,20 @@ CLAIMS = [  # a sentence of results/README.md, and for each {} of it: experiment
         ],
     ),
     (
-        "from its default, {:.3f} [{:.3f}, {:.3f}]",
-        *[("distance", LEAD, {"p3o-v2": TUNED, "minus ppo": "default"}, f"difference{end}") for end in BOTH],
+        "from its default, {:.3f} [{:.3f}, {:.3f}] (over prompts [{:.3f}, {:.3f}])",
+        *lead(TUNED, "default", "difference", "difference_low", "difference_high", *OVER_PROMPTS),
     ),
     (
-        "from its best, {:.3f} [{:.3f}, {:.3f}]",
-        *[("distance", LEAD, {"p3o-v2": TUNED, "minus ppo": "4 epochs"}, f"difference{end}") for end in BOTH],
+        "from its best, {:.3f} [{:.3f}, {:.3f}] (over prompts [{:.3f}, {:.3f}])",
+        *lead(TUNED, "4 epochs", "difference", "difference_low", "difference_high", *OVER_PROMPTS),
     ),
+    ("most of PPO's lead of {:.3f}, perhaps", *lead("default", "default", "-difference")),
     (
-        "at the best of three learning rates, gets {:.3f} of the optimum's gain",
+        "at 7680 responses it gets {:.3f} of the optimum's gain",
         ("distance", SAMPLES, {"method": "trl-rloo", "responses": "7680"}, "efficiency"),
     ),
     (
-        "with ten times as many it gets {:.3f}, and what is missing",
+        "with ten times as many P3O gets {:.3f}.",
         ("distance", SAMPLES, {"method": "p3o-v2", "responses": "76800"}, "efficiency"),
     ),
     (
