@@ -6,8 +6,8 @@
 A run is a method, its flags and a seed. It is trained by the script of its method into out/results/NAME, one
 thread to a process, continued if it was interrupted; then it answers 128 test prompts 16 times each. What is
 needed of that goes to results/logs/NAME.json; a run with a log is never repeated. From the logs alone come
-results/EXPERIMENT.csv, .md and .png. Learning rates were chosen on seed 0, which draws the optimum and is in no
-interval; seeds 1, 2, ... are. Intervals: 95%, Student's t over seeds.
+results/EXPERIMENT.csv, .md and .png. Learning rates were chosen on seed 0, which draws the optimum and is in
+no interval; seeds 1, 2, ... are. Intervals: 95%, Student's t over seeds.
 
 Gain: mean reward less the SFT model's on the same prompts. KL to the SFT model: nats per response, exact at
 every token. Legend: P prompts, S responses to each, K responses per prompt in training.
