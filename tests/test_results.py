@@ -492,8 +492,8 @@ CLAIMS = [  # a sentence of results/README.md, and for each {} of it: experiment
     ("does not: {:.3f} [{:.3f}, {:.3f}]", *[(*CURVES, f"gold since the peak{end}") for end in BOTH]),
     (f"the offline one {AGAINST}", *gold_at("dpo")),
     (f"the online one {AGAINST}", *gold_at("online-dpo")),
-    (f"P3O has not, {AGAINST}", *gold_at("p3o-v2")),
-    (f"nor has PPO, {AGAINST}", *gold_at("ppo")),
+    (f"With P3O no loss shows, {AGAINST}", *gold_at("p3o-v2")),
+    (f"nor with PPO, {AGAINST}", *gold_at("ppo")),
     (
         "PPO is still ahead, by {:.3f} [{:.3f}, {:.3f}]",
         *behind("ppo", "1", "-difference", "-difference_high", "-difference_low"),
