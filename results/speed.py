@@ -9,9 +9,8 @@ pairwise gradient: the same model, prompts, reward, lengths, batch and epochs; i
 imported (1.16.0). Two models: the toy's, and a GPT-2 of 124M with random weights and random words (32 tokens,
 responses of 32). Writes speed.csv and speed.md.
 
-Shares: of the rate of a matrix product of 1024 x 1024 float32, and of that of copying 256 MB, measured just
-before with as many threads. The update does 6 operations per weight and token; decoding reads every weight
-once per token.
+Share of bandwidth: of the rate of copying 256 MB, measured just before with as many threads; decoding reads
+every weight once per token.
 """
 
 import argparse
@@ -236,9 +235,9 @@ def compare(args, folder):
         B, length = BATCH[name], 24 if name == "toy" else 32
         flags = worlds[name] | {"prompts_per_step": B, "minibatch_size": B // 2, "micro_batch_size": B // 2}
         flags |= {"prompt_length": 32, "response_length": length}
-        weights, block, head = count(ROOT / worlds[name]["model"])
+        weights, _, _ = count(ROOT / worlds[name]["model"])
         for threads in args.threads:
-            rate, bandwidth = yardsticks(threads)
+            _, bandwidth = yardsticks(threads)
             found = {program: [] for program in programs}
             for _ in range(args.repeats):
                 for program in programs:
@@ -259,8 +258,6 @@ def compare(args, folder):
                         x: statistics.median(r[f"seconds_{x}"] for r in results)
                         for x in ("rollout", "update")
                     }
-                    work = 6 * EPOCHS * B * K * (block * (32 + tokens) + head * (tokens + 1))
-                    row["update, share of matrix rate"] = f"{work / span['update'] / rate:.2f}"
                     row["rollout, share of bandwidth"] = (
                         f"{4 * weights * length / span['rollout'] / bandwidth:.2f}"
                     )

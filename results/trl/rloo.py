@@ -77,10 +77,8 @@ def main(args, **more):
     )
     tokenizer = p3o.load_tokenizer(args.model)
     prompts = p3o.read_prompts(args.dataset, ["train"], tokenizer, args)
-    reward, clock = (
-        p3o_with_trl.make_reward(args, args.missing_eos_penalty, tokenizer, config),
-        Clock(updates),
-    )
+    reward = p3o_with_trl.make_reward(args, args.missing_eos_penalty, tokenizer, config)
+    clock = Clock(updates)
     options = {
         "model": args.model,
         "processing_class": tokenizer,
