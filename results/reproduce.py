@@ -73,7 +73,7 @@ MATCHED_KL = 0.5, 1.0, 2.0, 3.0
 RATES = 1e-4, 3e-4, 1e-3  # the learning rates tried, the same for every method; one more where the best was
 WIDER = {"dpo": 3e-5, "online-dpo": 3e-5, "ppo-max": 3e-3}  # the lowest or the highest of them
 SEEDS = {"frontier": 5, "head_to_head": 5, "equivalence": 5, "critic": 5, "overoptimisation": 5}
-SEEDS |= {"responses": 3, "distance": 5}  # else 1
+SEEDS |= {"responses": 3, "distance": 5, "staleness": 3}  # else 1
 SHIFTS = 0, 1, 4, 16  # times the spread of the reward among the responses to a prompt
 SETTINGS = {  # every one samples the 7680 responses of the default
     "default": {},
@@ -358,13 +358,13 @@ def train(runs, args, models=False):
 # ----------------------------------------------------------------------------------------------- measurement
 def read_log(args, name, flags=None):
     """A run's log; None if there is none, or one of other flags."""
-    path = Path(args.folder, "logs", f"{name}.json")
+    path = Path(args.folder, args.logs, f"{name}.json")
     log = json.loads(path.read_text()) if path.exists() else None
     return log if log and (flags is None or log["flags"] == flags) else None
 
 
 def write_log(args, name, log):
-    path = Path(args.folder, "logs", f"{name}.json")
+    path = Path(args.folder, args.logs, f"{name}.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".new").write_text(json.dumps(log, separators=(",", ":")) + "\n")
     path.with_suffix(".new").replace(path)
@@ -585,7 +585,7 @@ class Logs:
         runs = plan(experiment, args)
         self.logs = {run["name"]: read_log(args, run["name"], run["flags"]) for run in runs}
         self.missing = [name for name, log in self.logs.items() if not log]
-        alone = experiment in ("tuning", "equivalence", "critic", "head_to_head")  # need no optimum
+        alone = experiment in ("tuning", "equivalence", "critic", "head_to_head", "staleness")  # need no optimum
         needed = ["sft"] if alone else ["sft", "optimum"]
         self.missing += [name for name in needed if not getattr(self, name)]
         self.base = {name: statistics.fmean(x) for name, x in self.sft["prompts"].items()} if self.sft else {}
@@ -830,7 +830,7 @@ def responses(logs):
 
 def staleness(logs):
     """When does clipping start to matter?"""
-    values = "gain", "kl", "objective", "efficiency", "clip_fraction", "log_ratio_max"
+    values = "gain", "kl", "objective", "clip_fraction", "log_ratio_max"
     rows = group(logs.points, ("method", "epochs"), values)
     titles = {"objective": "gain - beta KL", "kl": "KL, nats", "clip_fraction": "clip fraction"}
     titles |= {"log_ratio_max": "largest |log rho|"}
@@ -1181,7 +1181,7 @@ def parse_args(argv=None):
     unknown = sorted(set(args.experiments) - set(EXPERIMENTS))
     if unknown:
         parser.error(f"unknown experiment {', '.join(unknown)}; choose from {', '.join(EXPERIMENTS)}")
-    args.folder = str(Path(args.folder).absolute())
+    args.folder, args.logs = str(Path(args.folder).absolute()), "logs"
     return args
 
 
@@ -1190,9 +1190,11 @@ def main(args):
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    if not args.plots_only:
-        prepare(args)
     for experiment in args.experiments or EXPERIMENTS:
+        apart = f"logs_{experiment}"  # of another machine, whose SFT and reward model were rounded otherwise
+        args.logs = apart if Path(args.folder, apart).exists() else "logs"
+        if not args.plots_only:
+            prepare(args)
         if not args.plots_only and experiment == "variance":
             measure_variance(args)
         elif not args.plots_only:
