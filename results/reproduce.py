@@ -585,8 +585,8 @@ class Logs:
         runs = plan(experiment, args)
         self.logs = {run["name"]: read_log(args, run["name"], run["flags"]) for run in runs}
         self.missing = [name for name, log in self.logs.items() if not log]
-        alone = experiment in ("tuning", "equivalence", "critic", "head_to_head", "staleness")  # need no optimum
-        needed = ["sft"] if alone else ["sft", "optimum"]
+        no_optimum = "tuning", "equivalence", "critic", "head_to_head", "staleness"
+        needed = ["sft"] if experiment in no_optimum else ["sft", "optimum"]
         self.missing += [name for name in needed if not getattr(self, name)]
         self.base = {name: statistics.fmean(x) for name, x in self.sft["prompts"].items()} if self.sft else {}
         self.points = [self.point(run) for run in runs if self.logs[run["name"]]] if self.sft else []

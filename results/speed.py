@@ -1,16 +1,20 @@
-"""How fast is it, and what does growth cost? p3o.py and ppo.py phase by phase, beside TRL's RLOOTrainer.
+"""How fast is it, and what does growth cost? p3o.py and ppo.py phase by phase, beside TRL's trainers.
 
     python results/speed.py            after the quick start; run nothing beside it
     python results/speed.py --growth   seconds and memory against batch, length, model and K
 
 Every measurement is a run of its own from the command line, the programs in turns, --repeats times: seconds
-are medians over its steps but the first, memory is the largest of the process. RLOOTrainer with K = 2 is the
-pairwise gradient: the same model, prompts, reward, lengths, batch and epochs; it takes part where trl can be
-imported (1.16.0). Two models: the toy's, and a GPT-2 of 124M with random weights and random words (32 tokens,
-responses of 32). Writes speed.csv and speed.md.
+are medians over its steps but the first, memory is the largest of the process. The peers get the same model,
+prompts, reward, lengths, batch and epochs: RLOOTrainer (results/trl/rloo.py, trl 1.16.0), which with K = 2 is
+the pairwise gradient, and PPOTrainer (results/trl/ppo.py, trl 1.10.0, the last with one). They need different
+versions of trl: --rloo_python and --ppo_python name the Python that has them; without, there is no peer.
+Models: the toy's; the toy's with GPT-2's own activation, gelu_new, the same function in eight operations; a
+GPT-2 of 124M with random weights and random words (32 tokens, responses of 32). Writes speed.csv, speed.md.
 
-Share of bandwidth: of the rate of copying 256 MB, measured just before with as many threads; decoding reads
-every weight once per token.
+Shares: of the rates of a float32 matrix product (1024 x 1024) and of copying 256 MB, measured just before
+with as many threads. Decoding reads every weight once per token; the update multiplies by every weight of
+the blocks three times (forward, and backward twice) for every token, by the output layer for those of the
+response.
 """
 
 import argparse
@@ -18,24 +22,28 @@ import csv
 import json
 import math
 import os
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 STEPS = 6
 EPOCHS, K = 2, 2  # passes over a rollout, responses per prompt
-MODELS = {"toy": {}, "gpt2-124M": {"n_layer": 12, "n_embd": 768, "n_head": 12, "vocab_size": 50257}}
-BATCH = {"toy": 64, "gpt2-124M": 8}  # prompts of a step; 2 responses to each
+MODELS = {
+    "toy": {},
+    "toy, gelu_new": {},
+    "gpt2-124M": {"n_layer": 12, "n_embd": 768, "n_head": 12, "vocab_size": 50257},
+}
+BATCH = {"gpt2-124M": 8}  # prompts of a step, else 64; 2 responses to each
+PEERS = {"p3o": "trl's rloo", "ppo": "trl's ppo"}
 
 
 # ------------------------------------------------------------------------------------------------ what is run
 def make_world(folder, vocab_size=50257, prompt_length=32, **size):
-    """Random GPT-2 and reward model over words w0, w1, ..., and prompts of exactly prompt_length of them."""
+    """Random GPT-2 and reward model over words w3, w4, ..., and prompts of exactly prompt_length of them."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import (
@@ -45,11 +53,11 @@ def make_world(folder, vocab_size=50257, prompt_length=32, **size):
         PreTrainedTokenizerFast,
     )
 
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(vocab_size)}, unk_token="w0"))
+    names = ["<unk>", "<eos>", "<pad>", *(f"w{i}" for i in range(3, vocab_size))]
+    words = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words, eos_token="w1", pad_token="w2", unk_token="w0"
-    )
+    special = {"unk_token": "<unk>", "eos_token": "<eos>", "pad_token": "<pad>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, **special)
     config = {
         "vocab_size": vocab_size,
         "n_positions": 1024,
@@ -72,17 +80,31 @@ def make_world(folder, vocab_size=50257, prompt_length=32, **size):
     return {"model": folder / "lm", "reward_model": folder / "rm", "dataset": folder / "data"}
 
 
-def run(program, threads, flags):
+def make_old_toy(folder):
+    """The toy's models with GPT-2's own activation function."""
+    for name in ("sft", "reward_model"):
+        shutil.copytree(ROOT / "out" / name, folder / name, ignore=shutil.ignore_patterns("checkpoint.pt"))
+        config = json.loads((folder / name / "config.json").read_text())
+        config["activation_function"] = "gelu_new"
+        (folder / name / "config.json").write_text(json.dumps(config))
+    return {"model": folder / "sft", "reward_model": folder / "reward_model", "dataset": "data/toy/prompts"}
+
+
+def make_command(program, args):
+    """The words that start a program, None for a peer whose Python is not given."""
+    if program in PEERS:
+        return [sys.executable, f"{program}.py"]
+    python = args.rloo_python if program == PEERS["p3o"] else args.ppo_python
+    return [python, f"results/trl/{program.split()[-1]}.py"] if python else None
+
+
+def run(command, threads, flags):
     """Runs a program; its metrics, medians over the steps but the first, with the memory of the process."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "run")
-        flags = flags | {"output_dir": out, "steps": STEPS}
-        if program == "trl":
-            command = [sys.executable, __file__, "--peer", json.dumps({k: str(v) for k, v in flags.items()})]
-        else:
-            flags |= {"eval_every": 0, "save_every": 0, "eval_prompts": 2, "device": "cpu"}
-            command = [sys.executable, str(ROOT / f"{program}.py")]
-            command += [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+        flags = flags | {"output_dir": out, "steps": STEPS, "device": "cpu"}
+        flags |= {"eval_every": 0, "save_every": 0, "eval_prompts": 2}
+        command = command + [word for name, value in flags.items() for word in (f"--{name}", str(value))]
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
         process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -90,92 +112,14 @@ def run(program, threads, flags):
         said = process.stdout.read()
         _, status, usage = os.wait4(process.pid, 0)
         if status:
-            raise SystemExit(f"error: {program} failed; it said: {said[-600:]}")
+            raise SystemExit(f"error: {command[1]} failed; it said: {said[-600:]}")
         rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     rows = [row for row in rows if "seconds_step" in row or "seconds_update" in row][1:]
-    result = {
-        name: statistics.median(row[name] for row in rows) for name in rows[0] if name.startswith("seconds_")
-    }
-    result["seconds_step"] = result.get("seconds_step") or sum(result.values())
-    result["tokens"] = statistics.median(
-        row["tokens"] if "tokens" in row else row["response_length"] for row in rows
-    )
+    names = [name for name in rows[0] if name.startswith("seconds_") or name == "response_length"]
+    result = {name: statistics.median(row[name] for row in rows) for name in names}
+    phases = [result[f"seconds_{x}"] for x in ("rollout", "score", "update") if f"seconds_{x}" in result]
+    result.setdefault("seconds_step", sum(phases))
     return result | {"memory_gb": usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9}
-
-
-def peer(flags):
-    """TRL's RLOOTrainer on the same work; writes seconds_step of every rollout to metrics.jsonl."""
-    import torch
-    from datasets import Dataset
-    from transformers import AutoModelForSequenceClassification, TrainerCallback
-    from trl import RLOOConfig, RLOOTrainer
-
-    import p3o
-
-    args = p3o.Args(flags["model"], flags["reward_model"], flags["dataset"], device="cpu")
-    args.response_length, B = int(flags["response_length"]), int(flags["prompts_per_step"])
-    args.prompt_length = int(flags["prompt_length"])
-    micro, minibatch = int(flags["micro_batch_size"]), int(flags["minibatch_size"])
-    tokenizer = p3o.load_tokenizer(args.model)
-    rows = p3o.read_prompts(args.dataset, ["train"], tokenizer, args)
-    scorer = p3o.load_model(
-        AutoModelForSequenceClassification, args.reward_model, tokenizer, args, num_labels=1
-    )
-    out, log, clock = Path(flags["output_dir"]), [], []
-    lengths = []
-
-    @torch.no_grad()
-    def reward(prompts, completion_ids, **others):
-        lengths.append(sum(map(len, completion_ids)) / len(completion_ids))
-        scores = []
-        for first in range(0, len(prompts), micro * K):
-            ids = tokenizer(prompts[first : first + micro * K], add_special_tokens=False)["input_ids"]
-            tokens = p3o.pad(ids, "left", tokenizer, "cpu")
-            tokens += p3o.pad(completion_ids[first : first + micro * K], "right", tokenizer, "cpu")
-            scores += p3o.read_score(scorer, *tokens).tolist()
-        return scores
-
-    updates = EPOCHS * B // minibatch  # optimizer steps on a rollout
-
-    class Clock(TrainerCallback):
-        def on_step_begin(self, args, state, control, **options):
-            if state.global_step % updates == 0:
-                clock.append(time.perf_counter())
-
-        def on_train_end(self, args, state, control, **options):
-            clock.append(time.perf_counter())
-
-    config = RLOOConfig(
-        output_dir=str(out),
-        max_steps=STEPS * updates,
-        per_device_train_batch_size=micro * K,
-        gradient_accumulation_steps=minibatch // micro,
-        steps_per_generation=B // micro,
-        num_iterations=EPOCHS,
-        num_generations=K,
-        max_completion_length=args.response_length,
-        beta=0.5,
-        disable_dropout=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        use_cpu=True,
-        save_strategy="no",
-        report_to="none",
-        logging_strategy="no",
-    )
-    data = Dataset.from_dict({"prompt": [row["prompt"] for row in rows]})
-    RLOOTrainer(
-        model=flags["model"],
-        reward_funcs=reward,
-        args=config,
-        train_dataset=data,
-        processing_class=tokenizer,
-        callbacks=[Clock()],
-    ).train()
-    out.mkdir(exist_ok=True)
-    for step, (start, end) in enumerate(zip(clock, clock[1:])):
-        log.append(json.dumps({"step": step, "seconds_step": end - start, "tokens": lengths[step]}) + "\n")
-    (out / "metrics.jsonl").write_text("".join(log))
 
 
 # ------------------------------------------------------------------------------------------------ yardsticks
@@ -199,15 +143,17 @@ print(2 * 1024**3 / best(lambda: a @ b), 2 * 4 * big.numel() / best(lambda: othe
     return [float(x) for x in done.stdout.split()]
 
 
-def count(folder):
-    """(all weights, those of the blocks, width times vocabulary) of a saved GPT-2."""
-    from transformers import AutoModelForCausalLM
+def count(world):
+    """(all weights, those of the blocks, those of the output layer) of a GPT-2, mean tokens of a prompt."""
+    import datasets
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    head = model.lm_head.weight.numel()
+    model = AutoModelForCausalLM.from_pretrained(world["model"])
+    head, positions = model.lm_head.weight.numel(), model.transformer.wpe.weight.numel()
     whole = sum(p.numel() for p in model.parameters())
-    positions = model.transformer.wpe.weight.numel()
-    return whole, whole - head - positions, head
+    prompts = datasets.load_dataset(str(world["dataset"]), split="train")["prompt"][:]
+    ids = AutoTokenizer.from_pretrained(world["model"])(prompts, add_special_tokens=False)["input_ids"]
+    return whole, whole - head - positions, head, statistics.fmean(map(len, ids))
 
 
 # --------------------------------------------------------------------------------------------------- reports
@@ -216,56 +162,51 @@ def spread(values):
     return f"{statistics.median(values):.3g} [{min(values):.3g}, {max(values):.3g}]"
 
 
+def describe(results, peers, rows, size, rates):
+    """A row of the table: a program's runs, its peer's (may be empty), rows of a rollout, yardsticks."""
+    weights, blocks, head, prompt_length = size
+    row = {"completions/s": spread([rows / result["seconds_step"] for result in results])}
+    row["memory, GB"] = f"{statistics.median(result['memory_gb'] for result in results):.2f}"
+    if "seconds_update" in results[0]:
+        names = "seconds_rollout", "seconds_score", "seconds_update", "response_length"
+        rollout, score, update, length = (statistics.median(r[name] for r in results) for name in names)
+        for phase, seconds in (("rollout", rollout), ("score", score), ("update", update)):
+            row[f"{phase}, tokens/s"] = f"{rows * length / seconds:.0f}"
+        row["rollout, share of step"] = f"{rollout / (rollout + score + update):.2f}"
+        row["update, share of step"] = f"{update / (rollout + score + update):.2f}"
+        row["rollout, share of bandwidth"] = f"{4 * weights * length / rollout / rates[1]:.2f}"
+        operations = 6 * EPOCHS * rows * (blocks * (prompt_length + length) + head * length)
+        row["update, share of matrix rate"] = f"{operations / update / rates[0]:.2f}"
+    ratios = [peer["seconds_step"] / own["seconds_step"] for peer, own in zip(peers, results)]
+    row["speed over trl's"] = spread(ratios) if ratios else ""
+    return row
+
+
 def compare(args, folder):
     """Rows of the comparison: one for each model, number of threads and program."""
-    programs = ["p3o", "ppo"]
-    try:
-        import trl
-
-        programs.append("trl")
-        print(f"trl {trl.__version__}")
-    except ImportError:
-        print("trl is not installed: no peer")
-    worlds = {"toy": {"model": "out/sft", "reward_model": "out/reward_model", "dataset": "data/toy/prompts"}}
     rows = []
+    commands = {program: make_command(program, args) for program in (*PEERS, *PEERS.values())}
+    commands = {program: command for program, command in commands.items() if command}
     for name in args.models:
-        if name not in worlds:
+        world = {"model": "out/sft", "reward_model": "out/reward_model", "dataset": "data/toy/prompts"}
+        if name != "toy":
             (folder / name).mkdir()
-            worlds[name] = make_world(folder / name, **MODELS[name])
-        B, length = BATCH[name], 24 if name == "toy" else 32
-        flags = worlds[name] | {"prompts_per_step": B, "minibatch_size": B // 2, "micro_batch_size": B // 2}
-        flags |= {"prompt_length": 32, "response_length": length}
-        weights, _, _ = count(ROOT / worlds[name]["model"])
+            world = make_world(folder / name, **MODELS[name]) if MODELS[name] else make_old_toy(folder / name)
+        B, length = BATCH.get(name, 64), 32 if name in BATCH else 24
+        flags = world | {"prompts_per_step": B, "minibatch_size": B // 2, "micro_batch_size": B // 2}
+        flags |= {"prompt_length": 32, "response_length": length, "num_responses": K, "epochs": EPOCHS}
+        size = count(world)
         for threads in args.threads:
-            _, bandwidth = yardsticks(threads)
-            found = {program: [] for program in programs}
+            rates = yardsticks(threads)
+            found = {program: [] for program in commands}
             for _ in range(args.repeats):
-                for program in programs:
-                    found[program].append(run(program, threads, flags))
+                for program, command in commands.items():
+                    found[program].append(run(command, threads, flags))
             for program, results in found.items():
                 row = {"model": name, "threads": threads, "program": program}
-                seconds = [result["seconds_step"] for result in results]
-                row["completions/s"] = spread([B * K / s for s in seconds])
-                row["memory, GB"] = f"{statistics.median(r['memory_gb'] for r in results):.2f}"
-                tokens = statistics.median(result["tokens"] for result in results)
-                for phase in ("rollout", "score", "update"):
-                    spans = [result[f"seconds_{phase}"] for result in results if f"seconds_{phase}" in result]
-                    row[f"{phase}, tokens/s"] = (
-                        f"{B * K * tokens / statistics.median(spans):.3g}" if spans else ""
-                    )
-                if program == "p3o":
-                    span = {
-                        x: statistics.median(r[f"seconds_{x}"] for r in results)
-                        for x in ("rollout", "update")
-                    }
-                    row["rollout, share of bandwidth"] = (
-                        f"{4 * weights * length / span['rollout'] / bandwidth:.2f}"
-                    )
-                if "trl" in found:
-                    ratios = [
-                        peer["seconds_step"] / own["seconds_step"] for peer, own in zip(found["trl"], results)
-                    ]
-                    row["speed over trl's"] = spread(ratios)
+                row |= describe(results, found.get(PEERS.get(program), []), B * K, size, rates)
+                if program == "ppo":  # its update trains a critic too, of the same size: two passes
+                    del row["update, share of matrix rate"]
                 rows.append(row)
                 print(row, flush=True)
     return rows
@@ -293,7 +234,8 @@ def growth(args, folder):
             }
             flags |= {x: size[x] for x in ("prompts_per_step", "num_responses")}
             flags |= {"minibatch_size": size["prompts_per_step"] // 2, "micro_batch_size": 8}
-            results = [run("p3o", args.threads[0], flags) for _ in range(args.repeats)]
+            command = make_command("p3o", args)
+            results = [run(command, args.threads[0], flags) for _ in range(args.repeats)]
             seconds = statistics.median(result["seconds_step"] for result in results)
             memory = statistics.median(result["memory_gb"] for result in results)
             points.append((size[what], seconds, memory))
@@ -348,6 +290,6 @@ if __name__ == "__main__":
     parser.add_argument("--repeats", type=int, default=5, help="runs of every program; default: 5")
     parser.add_argument("--growth", action="store_true", help="seconds and memory as the work grows")
     parser.add_argument("--folder", default=str(ROOT / "results"), help="of the tables")
-    parser.add_argument("--peer", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    peer(json.loads(args.peer)) if args.peer else main(args)
+    parser.add_argument("--rloo_python", help="a Python that has trl 1.16.0; default: no such peer")
+    parser.add_argument("--ppo_python", help="a Python that has trl 1.10.0; default: no such peer")
+    main(parser.parse_args())
