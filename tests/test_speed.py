@@ -1,0 +1,55 @@
+"""results/speed.py: its arithmetic, by hand, and one real measurement of a tiny model."""
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "results"))
+import speed
+
+
+def test_a_row_of_the_table_by_hand():
+    own = [
+        {"seconds_rollout": 1.0, "seconds_score": 1.0, "seconds_update": 2.0, "response_length": 10.0}
+        | {"seconds_step": 4.0, "memory_gb": memory}
+        for memory in (0.5, 0.7, 0.6)
+    ]
+    peers = [{"seconds_step": seconds, "memory_gb": 1.0} for seconds in (8.0, 6.0, 4.0)]
+    weights, blocks, head, prompt = 1000, 600, 300, 5
+    row = speed.describe(own, peers, 128, (weights, blocks, head, prompt), (1e6, 1e5))
+    assert row["completions/s"] == "32 [32, 32]" and row["memory, GB"] == "0.60"
+    assert row["rollout, tokens/s"] == "1280" and row["update, tokens/s"] == "640"
+    assert row["rollout, share of step"] == "0.25" and row["update, share of step"] == "0.50"
+    assert row["rollout, share of bandwidth"] == f"{1000 * 4 * 10 / 1.0 / 1e5:.2f}" == "0.40"
+    # 2 epochs, 128 rows; a multiplication and an addition for each weight, thrice
+    operations = sum(2 * 3 * (600 * 15 + 300 * 10) for epoch in range(2) for row in range(128))
+    assert row["update, share of matrix rate"] == f"{operations / 2.0 / 1e6:.2f}"
+    assert row["speed over trl's"] == "1.5 [1, 2]"
+
+
+def test_a_peer_without_its_python_takes_no_part():
+    args = SimpleNamespace(rloo_python=None, ppo_python="other")
+    assert speed.make_command("p3o", args)[1] == "p3o.py"
+    assert speed.make_command("trl's rloo", args) is None
+    assert speed.make_command("trl's ppo", args) == ["other", "results/trl/ppo.py"]
+    assert all((speed.ROOT / "results" / "trl" / f"{name}.py").exists() for name in ("rloo", "ppo"))
+
+
+@pytest.mark.parametrize("program", ["p3o", "ppo"])
+def test_a_run_is_measured(program, tmp_path, monkeypatch):
+    monkeypatch.setattr(speed, "STEPS", 3)
+    world = speed.make_world(tmp_path, vocab_size=50, prompt_length=7, n_embd=16, n_layer=1, n_head=2)
+    weights, blocks, head, prompt = speed.count(world)
+    assert prompt == 7 and head == 50 * 16 and weights == blocks + head + 1024 * 16
+    flags = world | {"prompts_per_step": 4, "minibatch_size": 2, "response_length": 5, "prompt_length": 7}
+    found = speed.run(speed.make_command(program, None), 1, flags)
+    phases = [found[f"seconds_{phase}"] for phase in ("rollout", "score", "update")]
+    assert min(phases) > 0 and found["seconds_step"] == pytest.approx(sum(phases))
+    assert 1 <= found["response_length"] <= 5 and 0.1 < found["memory_gb"] < 8
+
+
+def test_a_run_that_fails_says_what_it_said(tmp_path):
+    with pytest.raises(SystemExit, match="p3o.py failed.*no-such-model"):
+        speed.run(speed.make_command("p3o", None), 1, {"model": tmp_path / "no-such-model"})
