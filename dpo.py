@@ -58,7 +58,7 @@ class Args:
     seed: int = flag(0, "of data order and sampling")
     device: str = flag("auto", "auto (cuda when there is one), cpu, cuda, cuda:1, ...")
     dtype: Literal["float32", "bfloat16"] = flag("float32", "bfloat16: autocast, over float32 weights")
-    learning_rate: float = flag(1e-4, "AdamW, falls linearly to 0; 5e-7 to 5e-6 for pretrained models")
+    learning_rate: float = flag(1e-4, "Adam, falls linearly to 0; 5e-7 to 5e-6 for pretrained models")
     steps: int | None = flag(None, "online: rollouts, None: 60; offline: optimizer steps, None: by --epochs")
     prompts_per_step: int = flag(64, "online: B, prompts per rollout; offline a step is one minibatch")
     epochs: int | None = flag(None, "passes over each rollout, None: 2; offline over the data, None: 1")
@@ -540,7 +540,7 @@ def main(args):
     args.steps = args.steps or math.ceil(args.epochs * len(train) / args.minibatch_size)
     policy, reference = (load_model(AutoModelForCausalLM, args.model, tokenizer, args) for _ in range(2))
     models = policy, reference.requires_grad_(False), load_reward(tokenizer, args)
-    optimizer = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0)
+    optimizer = torch.optim.Adam(policy.parameters(), betas=(0.9, 0.95), eps=1e-5, fused=True)
     parts, start = {"": policy, "optimizer": optimizer}, time.perf_counter()
     done, metrics = open_run(args, parts)
     if not metrics:

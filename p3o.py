@@ -57,7 +57,7 @@ class Args:
     seed: int = flag(0, "of data order and sampling")
     device: str = flag("auto", "auto (cuda when there is one), cpu, cuda, cuda:1, ...")
     dtype: Literal["float32", "bfloat16"] = flag("float32", "bfloat16: autocast, over float32 weights")
-    learning_rate: float = flag(3e-4, "AdamW, falls linearly to 0; 1e-6 to 1e-5 for pretrained models")
+    learning_rate: float = flag(3e-4, "Adam, falls linearly to 0; 1e-6 to 1e-5 for pretrained models")
     steps: int = flag(60, "rollouts in all; raised on --resume, the decay stretches: the rate jumps up")
     prompts_per_step: int = flag(64, "B, prompts per rollout")
     num_responses: int = flag(2, "K, responses per prompt; all K (K - 1) / 2 pairs are used")
@@ -525,7 +525,7 @@ def main(args):
     # delta(x) of --reward_shift, in multiples of 1/256: float64 adds it without rounding a difference.
     delta = torch.randn(len(prompts), 1, generator=torch.Generator().manual_seed(0)).double()
     delta = ((args.reward_shift * delta * 256).round() / 256).to(args.device)  # (rows, 1)
-    optimizer = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0)
+    optimizer = torch.optim.Adam(policy.parameters(), betas=(0.9, 0.95), eps=1e-5, fused=True)
     parts, start = {"": policy, "optimizer": optimizer}, time.perf_counter()
     done, metrics = open_run(args, parts)
     if not metrics:

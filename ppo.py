@@ -64,7 +64,7 @@ class Args:
     seed: int = flag(0, "of data order and sampling")
     device: str = flag("auto", "auto (cuda when there is one), cpu, cuda, cuda:1, ...")
     dtype: Literal["float32", "bfloat16"] = flag("float32", "bfloat16: autocast, over float32 weights")
-    learning_rate: float = flag(3e-4, "of the policy; AdamW, falls linearly to 0; 5e-7 for 7B in [Secrets]")
+    learning_rate: float = flag(3e-4, "of the policy; Adam, falls linearly to 0; 5e-7 for 7B in [Secrets]")
     critic_learning_rate: float = flag(1e-3, "of the critic, falls likewise; 1.65e-6 for 7B in [Secrets]")
     steps: int = flag(60, "rollouts in all; raised on --resume, the decay stretches: the rate jumps up")
     prompts_per_step: int = flag(64, "B, prompts per rollout: the experience buffer, better small [Secrets]")
@@ -718,9 +718,9 @@ def main(args):
     # delta(x) of --reward_shift, in multiples of 1/256: float64 adds it without rounding a difference.
     delta = torch.randn(len(prompts), 1, generator=torch.Generator().manual_seed(0)).double()
     delta = ((args.reward_shift * delta * 256).round() / 256).to(args.device)  # (rows, 1)
-    settings = {"betas": (0.9, 0.95), "eps": 1e-5, "weight_decay": 0.0}
+    settings = {"betas": (0.9, 0.95), "eps": 1e-5, "fused": True}
     trained, rates = (policy, critic), (args.learning_rate, args.critic_learning_rate)
-    optimizers = [torch.optim.AdamW(m.parameters(), lr, **settings) for m, lr in zip(trained, rates)]
+    optimizers = [torch.optim.Adam(m.parameters(), lr, **settings) for m, lr in zip(trained, rates)]
     parts = {"": policy, "critic": critic, "optimizer": optimizers[0], "critic_optimizer": optimizers[1]}
     parts, start = parts | {"normalizer": normalizer}, time.perf_counter()
     done, metrics = open_run(args, parts)

@@ -48,7 +48,7 @@ class Args:
     seed: int = flag(0, "of the score head and the data order")
     device: str = flag("auto", "auto (cuda when there is one), cpu, cuda, cuda:1, ...")
     dtype: Literal["float32", "bfloat16"] = flag("float32", "bfloat16: autocast, over float32 weights")
-    learning_rate: float = flag(1e-3, "AdamW, rises, then falls to 0; 1e-5 for pretrained models")
+    learning_rate: float = flag(1e-3, "Adam, rises, then falls to 0; 1e-5 for pretrained models")
     epochs: int = flag(1, "passes over the data; more than one overfits")
     steps: int | None = flag(None, "optimizer steps instead of --epochs")
     minibatch_size: int = flag(32, "pairs per optimizer step")
@@ -429,7 +429,7 @@ def main(args):
     held_out = read_rows(args.dataset, held_out_splits, columns, tokenizer, args, args.eval_rows)
     args.steps = args.steps or math.ceil(args.epochs * len(train) / args.minibatch_size)
     model, language_model = new_reward_model(tokenizer, args)
-    optimizer = torch.optim.AdamW(model.parameters(), args.learning_rate, weight_decay=0.0)
+    optimizer = torch.optim.Adam(model.parameters(), args.learning_rate, fused=True)
     parts, start = {"": model, "optimizer": optimizer}, time.perf_counter()
     done, metrics = open_run(args, parts)
     if not metrics:

@@ -46,7 +46,7 @@ class Args:
     seed: int = flag(0, "of initialisation, data order and samples")
     device: str = flag("auto", "auto (cuda when there is one), cpu, cuda, cuda:1, ...")
     dtype: Literal["float32", "bfloat16"] = flag("float32", "bfloat16: autocast, over float32 weights")
-    learning_rate: float = flag(3e-3, "AdamW, rises, then falls to 0; 1e-5 to 5e-5 for pretrained models")
+    learning_rate: float = flag(3e-3, "Adam, rises, then falls to 0; 1e-5 to 5e-5 for pretrained models")
     epochs: int = flag(2, "passes over the data")
     steps: int | None = flag(None, "optimizer steps instead of --epochs")
     minibatch_size: int = flag(32, "rows per optimizer step")
@@ -381,7 +381,7 @@ def main(args):
     config |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     model.generation_config = transformers.GenerationConfig(**config)  # saved too: it ends as it learnt to
     model.config.eos_token_id = tokenizer.eos_token_id
-    optimizer = torch.optim.AdamW(model.parameters(), args.learning_rate, weight_decay=0.0)
+    optimizer = torch.optim.Adam(model.parameters(), args.learning_rate, fused=True)
     parts, start = {"": model, "optimizer": optimizer}, time.perf_counter()
     done, metrics = open_run(args, parts)
     if not metrics:

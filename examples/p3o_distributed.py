@@ -60,8 +60,8 @@ def main(args):
     policy, reference = (p3o.load_model(AutoModelForCausalLM, args.model, tokenizer, args) for _ in range(2))
     models = policy, reference.requires_grad_(False), p3o.load_reward(tokenizer, args)
     parallel = DistributedDataParallel(policy)  # averages the gradients of the processes in backward (3)
-    settings = {"lr": args.learning_rate, "betas": (0.9, 0.95), "eps": 1e-5, "weight_decay": 0.0}
-    optimizer = torch.optim.AdamW(policy.parameters(), **settings)
+    settings = {"lr": args.learning_rate, "betas": (0.9, 0.95), "eps": 1e-5, "fused": True}
+    optimizer = torch.optim.Adam(policy.parameters(), **settings)
     parts = {"": policy, "optimizer": optimizer}
     if rank == 0:
         p3o.open_run(args, parts)

@@ -1,4 +1,4 @@
-"""A training script with another learning-rate schedule, or another beta2 of AdamW, than the one it has.
+"""A training script with another learning-rate schedule, or another beta2 of Adam, than the one it has.
 
     python results/with_optimizer.py p3o.py constant [--flags of p3o.py]     or cosine, or a beta2: 0.999
 
@@ -20,14 +20,14 @@ SHAPES = {  # the learning rate over its start, given the share of the run that 
 }
 
 
-def make_adamw(change):
-    """torch.optim.AdamW for one parameter group, with the schedule or the beta2 that `change` names.
+def make_adam(change):
+    """torch.optim.Adam for one parameter group, with the schedule or the beta2 that `change` names.
 
     The scripts set a falling rate before each step, the first time the whole: it is kept in the group, and so
     in checkpoints, and for a step the rate is put where the other schedule has it.
     """
 
-    class AdamW(torch.optim.AdamW):
+    class Adam(torch.optim.Adam):
         def __init__(self, params, *others, **options):
             if change not in SHAPES:
                 options["betas"] = (options["betas"][0], float(change))
@@ -41,11 +41,11 @@ def make_adamw(change):
             super().step()
             group["lr"] = linear
 
-    return AdamW
+    return Adam
 
 
 if __name__ == "__main__":
     script, change = sys.argv.pop(1), sys.argv.pop(1)
-    torch.optim.AdamW = make_adamw(change)
+    torch.optim.Adam = make_adam(change)
     module = importlib.import_module(script.removesuffix(".py"))
     module.guard(module.main, module.Args)
