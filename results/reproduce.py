@@ -829,8 +829,15 @@ def responses(logs):
 
 
 def staleness(logs):
-    """When does clipping start to matter?"""
-    values = "gain", "kl", "objective", "clip_fraction", "log_ratio_max"
+    """When does clipping start to matter?
+
+    Minus p3o-v2: seed by seed. Trained on another machine than the other experiments, from an SFT and a
+    reward model of its own: to be compared within."""
+    clipped = {(p["epochs"], p["seed"]): p["objective"] for p in logs.points if p["method"] == "p3o-v2"}
+    for point in logs.points:
+        other = clipped.get((point["epochs"], point["seed"]))
+        point["minus p3o-v2"] = None if other is None else point["objective"] - other
+    values = "gain", "kl", "objective", "minus p3o-v2", "clip_fraction", "log_ratio_max"
     rows = group(logs.points, ("method", "epochs"), values)
     titles = {"objective": "gain - beta KL", "kl": "KL, nats", "clip_fraction": "clip fraction"}
     titles |= {"log_ratio_max": "largest |log rho|"}
