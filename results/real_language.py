@@ -48,12 +48,20 @@ import ppo
 METHODS = {"p3o-v2": {}, "ppo": {}, "online-dpo": {"labels": "sampled"}}  # and the flags of reproduce.METHODS
 SHIFTED = "p3o-v2", "ppo"
 BETA, DTYPE = 0.3, "bfloat16"
-CRITIC = ppo.Args().critic_learning_rate / ppo.Args().learning_rate  # PPO's rates keep the ratio of its defaults
+CRITIC = (
+    ppo.Args().critic_learning_rate / ppo.Args().learning_rate
+)  # PPO's rates keep the ratio of its defaults
 FIRST_WORDS, PROMPT, RESPONSE, LONGER = 4, 12, 20, 32  # words, and tokens; completions with EOS
 PAIR = PROMPT + LONGER  # tokens of a whole review, at most
 HH_PROMPT, HH_PAIR, HH_RESPONSE = 128, 64, 48  # tokens
 TRUSTED_ESS = 10  # of 64 samples a prompt: the optimum is drawn as far as that
-STAGE = {"learning_rate": 2e-5, "minibatch_size": 16, "eval_every": 0, "save_every": 20, "prompt_length": PROMPT}
+STAGE = {
+    "learning_rate": 2e-5,
+    "minibatch_size": 16,
+    "eval_every": 0,
+    "save_every": 20,
+    "prompt_length": PROMPT,
+}
 STEPWISE = "reward kl objective loss tokens_per_second seconds_rollout seconds_score seconds_update".split()
 
 
@@ -92,15 +100,24 @@ def make_splits(reviews, tokenizer, size):
     texts = {text: label for text, label in texts.items() if len(text.split()) > FIRST_WORDS}
     prompts = ["Review: " + " ".join(text.split()[:FIRST_WORDS]) for text in texts]
     completions = [" " + " ".join(text.split()[FIRST_WORDS:]) for text in texts]
-    lengths = [[len(x) for x in tokenizer(part, add_special_tokens=False)["input_ids"]] for part in (prompts, completions)]
+    lengths = [
+        [len(x) for x in tokenizer(part, add_special_tokens=False)["input_ids"]]
+        for part in (prompts, completions)
+    ]
     rows = [
         {"text": text, "label": label, "prompt": prompt, "completion": completion, "tokens": after + 1}
-        for (text, label), prompt, completion, before, after in zip(texts.items(), prompts, completions, *lengths)
+        for (text, label), prompt, completion, before, after in zip(
+            texts.items(), prompts, completions, *lengths
+        )
         if before <= PROMPT and after + 1 <= LONGER
     ]
     rng = random.Random(0)
     rng.shuffle(rows)
-    wanted, taken, rest = ["test"] * size.test + ["validation"] * size.validation, {"test": [], "validation": []}, []
+    wanted, taken, rest = (
+        ["test"] * size.test + ["validation"] * size.validation,
+        {"test": [], "validation": []},
+        [],
+    )
     begun = set()
     for row in rows:  # held-out prompts first, no two alike
         if wanted and row["tokens"] <= RESPONSE and row["prompt"] not in begun:
@@ -115,9 +132,13 @@ def make_splits(reviews, tokenizer, size):
     require(enough, f"only {len(short)} short reviews are left for SFT; give a larger --reviews")
     train, used = short[: size.sft], {row["text"] for row in short}
     sft = {"train": train, "validation": short[size.sft :], "test": taken["test"]}
-    splits = {"sft": {name: [pick(row, "prompt", "completion") for row in part] for name, part in sft.items()}}
+    splits = {
+        "sft": {name: [pick(row, "prompt", "completion") for row in part] for name, part in sft.items()}
+    }
     beginnings = list({row["prompt"]: pick(row, "prompt") for row in train}.values())
-    splits["prompts"] = {"train": beginnings} | {x: [pick(row, "prompt") for row in part] for x, part in taken.items()}
+    splits["prompts"] = {"train": beginnings} | {
+        x: [pick(row, "prompt") for row in part] for x, part in taken.items()
+    }
     rest = [row for row in rest if row["text"] not in used]
     labels = [[row["text"] for row in rest if row["label"] == label] for label in (1, 0)]
     for number, name in enumerate(("pairs", "judge_pairs")):  # every other review
@@ -133,7 +154,11 @@ def pair_splits(labels, rng, size):
     """{split: pairs} of [positive texts, negative texts]; every text in two pairs, with different partners."""
     splits, start = {}, 0
     few = size.pair_validation
-    for name, count in (("validation", few), ("test", 4), ("train", size.pair_reviews)):  # data.py wants a test
+    for name, count in (
+        ("validation", few),
+        ("test", 4),
+        ("train", size.pair_reviews),
+    ):  # data.py wants a test
         positive, negative = ([" " + text for text in part[start : start + count]] for part in labels)
         both = min(len(positive), len(negative))
         theory.require(both > 1, "too few reviews are left for pairs; give a larger --reviews")
@@ -146,15 +171,23 @@ def pair_splits(labels, rng, size):
 
 def make_hh_splits(path, tokenizer, size):
     """{split: pairs} of the pairs within the lengths, one for a prompt."""
-    pairs = list({row["prompt"]: pick(row, "prompt", "chosen", "rejected") for row in read_lines(path)}.values())
+    pairs = list(
+        {row["prompt"]: pick(row, "prompt", "chosen", "rejected") for row in read_lines(path)}.values()
+    )
     columns = [tokenizer([pair[x] for pair in pairs])["input_ids"] for x in ("prompt", "chosen", "rejected")]
     lengths = zip(*([len(ids) for ids in column] for column in columns))
     fits = [a <= HH_PROMPT and max(b, c) < HH_PAIR and min(b, c) > 0 for a, b, c in lengths]
     pairs = [pair for pair, fit in zip(pairs, fits) if fit]
     random.Random(0).shuffle(pairs)
     first, last = size.hh_prompts, size.hh_prompts + size.hh_validation
-    theory.require(len(pairs) > last + 16, f"{path} has only {len(pairs)} pairs within the lengths; give more")
-    return {"test": pairs[:first], "validation": pairs[first:last], "train": pairs[last : last + size.hh_pairs]}
+    theory.require(
+        len(pairs) > last + 16, f"{path} has only {len(pairs)} pairs within the lengths; give more"
+    )
+    return {
+        "test": pairs[:first],
+        "validation": pairs[first:last],
+        "train": pairs[last : last + size.hh_pairs],
+    }
 
 
 def read_lines(path):
@@ -176,7 +209,12 @@ def write_data(name, splits, args):
     folder.mkdir(parents=True, exist_ok=True)
     for split, rows in splits.items():
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flags = {"dataset": folder, "model": args.model, "output_dir": args.home / "data" / name, "overwrite": True}
+    flags = {
+        "dataset": folder,
+        "model": args.model,
+        "output_dir": args.home / "data" / name,
+        "overwrite": True,
+    }
     theory.require(call("data.py", flags), f"data.py failed on {name}; see above", 1)
 
 
@@ -186,7 +224,10 @@ def make_run(part, method, rate, seed, steps, args, times=0, shift=0.0):
     script, flags, _ = reproduce.METHODS[method]
     flags = flags | METHODS[method] | {"learning_rate": rate, "seed": seed, "steps": steps, "beta": BETA}
     flags |= {"dtype": DTYPE, "prompt_length": PROMPT, "response_length": RESPONSE, "epochs": 2}
-    flags |= {"prompts_per_step": args.size.prompts_per_step, "minibatch_size": args.size.prompts_per_step // 2}
+    flags |= {
+        "prompts_per_step": args.size.prompts_per_step,
+        "minibatch_size": args.size.prompts_per_step // 2,
+    }
     flags |= {"eval_prompts": 64, "eval_every": 0 if part == "tuning" else 20, "save_every": 20}
     flags |= {"critic_learning_rate": float(f"{CRITIC * rate:.3g}")} if method == "ppo" else {}
     flags |= {"reward_shift": shift} if shift else {}
@@ -208,7 +249,9 @@ def plan(args):
     for times in size.shifts if spread else ():
         shift = float(f"{times * spread:.2g}")
         runs += [
-            make_run("shifted", m, known[m], size.seeds[0], size.steps, args, times, shift) for m in SHIFTED if m in known
+            make_run("shifted", m, known[m], size.seeds[0], size.steps, args, times, shift)
+            for m in SHIFTED
+            if m in known
         ]
     return runs, unknown
 
@@ -260,7 +303,9 @@ def stage(name, script, flags, model, data, args):
     if (folder / "model.safetensors").exists() and read_log(args, name):
         return
     paths = {"model": model, "dataset": args.home / "data" / data}
-    theory.require(train(script, STAGE | {"dtype": DTYPE} | flags | paths, folder), f"{name} failed; see above", 1)
+    theory.require(
+        train(script, STAGE | {"dtype": DTYPE} | flags | paths, folder), f"{name} failed; see above", 1
+    )
     write_log(args, name, reproduce.origin() | {"flags": STAGE | flags} | read_curve(folder))
     tidy(folder, keep=True)
 
@@ -283,7 +328,9 @@ def run_job(run, args):
 def measure_job(name, args):
     """Answers and their scores, in a process of its own: torch has one random state per process."""
     flags = {"measure": name, "model": args.model, "home": args.home, "folder": args.folder}
-    return bool(read_log(args, name)) or call(f"results/real_language.py{' --quick' if args.quick else ''}", flags)
+    return bool(read_log(args, name)) or call(
+        f"results/real_language.py{' --quick' if args.quick else ''}", flags
+    )
 
 
 def hh_job(args):
@@ -326,7 +373,10 @@ def run_all(args):
         ],
         args,
     )
-    at_once([(measure_job, "sft", args), *((run_job, x, args) for x in plan(args)[0] if x["part"] == "tuning")], args)
+    at_once(
+        [(measure_job, "sft", args), *((run_job, x, args) for x in plan(args)[0] if x["part"] == "tuning")],
+        args,
+    )
     last = [(hh_job, args)] if args.hh else []
     at_once([*((run_job, x, args) for x in plan(args)[0] if x["part"] != "tuning"), *last], args)
 
@@ -337,7 +387,11 @@ def read_curve(folder):
     rows = [json.loads(line) for line in open(folder / "metrics.jsonl")]
     steps = {x: [round(row[x], 5) for row in rows[1:]] for x in STEPWISE if x in rows[-1]}
     points = [
-        {x: round(y, 5) for x, y in row.items() if x == "step" or (x.startswith("eval_") and isinstance(y, float))}
+        {
+            x: round(y, 5)
+            for x, y in row.items()
+            if x == "step" or (x.startswith("eval_") and isinstance(y, float))
+        }
         for row in rows
     ]
     minutes = sum(value for row in rows for x, value in row.items() if x.startswith("seconds_")) / 60
@@ -348,11 +402,15 @@ def measure(name, args):
     """logs/NAME.json of a run, of "sft" or of "hh": answers to held-out prompts, and what they are worth."""
     size, hh = args.size, name == "hh"
     model = args.model if hh else str(args.home / "sft_model")
-    setting = evaluate.Args(dataset=str(args.home / "data" / ("hh" if hh else "prompts")), seed=12345, dtype=DTYPE)
+    setting = evaluate.Args(
+        dataset=str(args.home / "data" / ("hh" if hh else "prompts")), seed=12345, dtype=DTYPE
+    )
     setting.reward_model = str(args.home / ("hh_reward_model" if hh else "reward_model"))
     setting.model, setting.device, setting.temperature = model, "cpu", 1.0
     setting.prompt_length, setting.response_length = (HH_PROMPT, HH_RESPONSE) if hh else (PROMPT, RESPONSE)
-    setting.missing_eos_penalty = 0.0 if hh else 1.0  # few answers end within the limit of hh: no noise of that
+    setting.missing_eos_penalty = (
+        0.0 if hh else 1.0
+    )  # few answers end within the limit of hh: no noise of that
     setting.samples_per_prompt = size.sft_responses if name == "sft" else size.responses
     setting.micro_batch_size, setting.sample_batch_size = 32, 256
     tokenizer = evaluate.load_tokenizer(model)
@@ -378,7 +436,9 @@ def measure(name, args):
         first = rows[:: setting.samples_per_prompt][:8]
         log["samples"] = [pick(row, "prompt", "response", "reward") for row in first]
     write_log(args, name, log)
-    print(f"{name}: reward {statistics.fmean(row['reward'] for row in rows):.3f} on {len(prompts)} test prompts")
+    print(
+        f"{name}: reward {statistics.fmean(row['reward'] for row in rows):.3f} on {len(prompts)} test prompts"
+    )
 
 
 def by_prompt(values, num_prompts, digits=3):

@@ -38,6 +38,7 @@ MODELS = {
     "gpt2-124M": {"n_layer": 12, "n_embd": 768, "n_head": 12, "vocab_size": 50257},
 }
 BATCH = {"gpt2-124M": 8}  # prompts of a step, else 64; 2 responses to each
+FEW = 4  # steps of the large model
 PEERS = {"p3o": "trl's rloo", "ppo": "trl's ppo"}
 
 
@@ -102,7 +103,7 @@ def run(command, threads, flags):
     """Runs a program; its metrics, medians over the steps but the first, with the memory of the process."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "run")
-        flags = flags | {"output_dir": out, "steps": STEPS, "device": "cpu"}
+        flags = {"steps": STEPS, "device": "cpu"} | flags | {"output_dir": out}
         flags |= {"eval_every": 0, "save_every": 0, "eval_prompts": 2}
         command = command + [word for name, value in flags.items() for word in (f"--{name}", str(value))]
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
@@ -195,6 +196,7 @@ def compare(args, folder):
         B, length = BATCH.get(name, 64), 32 if name in BATCH else 24
         flags = world | {"prompts_per_step": B, "minibatch_size": B // 2, "micro_batch_size": B // 2}
         flags |= {"prompt_length": 32, "response_length": length, "num_responses": K, "epochs": EPOCHS}
+        flags |= {"steps": FEW if name in BATCH else STEPS}
         size = count(world)
         for threads in args.threads:
             rates = yardsticks(threads)
@@ -267,7 +269,9 @@ def main(args):
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
     ).stdout.strip()
     source = f"Commit {commit}; torch {torch.__version__}, transformers {transformers.__version__}; "
-    source += f"{cpu}, {os.cpu_count()} cores; {args.repeats} repeats in turns, {STEPS} steps each."
+    source += (
+        f"{cpu}, {os.cpu_count()} cores; {args.repeats} repeats in turns, {STEPS} steps each (124M: {FEW})."
+    )
     with tempfile.TemporaryDirectory() as folder:
         rows = (growth if args.growth else compare)(args, Path(folder))
     heads = list(dict.fromkeys(head for row in rows for head in row))
