@@ -38,7 +38,7 @@ MODELS = {
     "gpt2-124M": {"n_layer": 12, "n_embd": 768, "n_head": 12, "vocab_size": 50257},
 }
 BATCH = {"gpt2-124M": 8}  # prompts of a step, else 64; 2 responses to each
-FEW = 4  # steps of the large model
+FEW = 3  # steps of the large model
 PEERS = {"p3o": "trl's rloo", "ppo": "trl's ppo"}
 
 
