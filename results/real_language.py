@@ -3,15 +3,15 @@
     python results/real_language.py [--processes 2] [--hh PAIRS.jsonl]     trains and measures what is missing
     python results/real_language.py --plots_only                           report from the logs alone, seconds
 
-SmolLM2-135M-Instruct continues the first words of a review. Its reward model learnt from pairs of reviews that
-people called positive and negative; a judge, a second reward model from other reviews and another seed, says
-whether what was gained is more than that reward model's own taste. Every training is a run of a stage script
-from the command line, its data came through data.py. About 3 hours of one core with bfloat16 matrix units,
-twice that in float32 (DTYPE); a process takes up to 6 GB of memory, a run 3 GB of disk while it trains.
+SmolLM2-135M-Instruct continues the first words of a review. The reward model learnt from pairs of reviews
+that people had called positive and negative; a judge, a second one from other reviews and another seed, says
+whether what was gained is more than the reward model's own taste. Every training is a stage script run from
+the command line; its data came through data.py. About 3 hours of one core with bfloat16 matrix units, twice
+with float32 (DTYPE); a process takes up to 6 GB of memory, a run 3 GB of disk while it trains.
 
-Trained under out/real (--home), continued if interrupted. Kept in results/real_language: logs/NAME.json, one a
-finished run, which is never repeated; report.md, curves.png and *.csv, written from the logs.
---hh: pairs with columns prompt, chosen, rejected; how much of a reward is an offset of its prompt there.
+Trained under out/real (--home), continued if interrupted. Kept in results/real_language: logs/NAME.json, one
+a finished run, which is never repeated; and, from the logs alone, report.md, curves.png and *.csv. --hh:
+pairs with columns prompt, chosen, rejected: how much of a reward is an offset of its prompt there?
 
 Gain: mean reward less the SFT model's on the same prompts. KL to the SFT model: nats per response, exact at
 every token. Legend: P prompts, S responses to each.
@@ -19,7 +19,6 @@ every token. Legend: P prompts, S responses to each.
 
 import argparse
 import csv
-import dataclasses
 import json
 import math
 import os
@@ -100,25 +99,16 @@ def make_splits(reviews, tokenizer, size):
     texts = {text: label for text, label in texts.items() if len(text.split()) > FIRST_WORDS}
     prompts = ["Review: " + " ".join(text.split()[:FIRST_WORDS]) for text in texts]
     completions = [" " + " ".join(text.split()[FIRST_WORDS:]) for text in texts]
-    lengths = [
-        [len(x) for x in tokenizer(part, add_special_tokens=False)["input_ids"]]
-        for part in (prompts, completions)
-    ]
-    rows = [
-        {"text": text, "label": label, "prompt": prompt, "completion": completion, "tokens": after + 1}
-        for (text, label), prompt, completion, before, after in zip(
-            texts.items(), prompts, completions, *lengths
-        )
-        if before <= PROMPT and after + 1 <= LONGER
-    ]
+    ended = [completion + tokenizer.eos_token for completion in completions]
+    ids = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in (prompts, ended)]
+    lengths = [[len(x) for x in part] for part in ids]
+    names = "text", "label", "prompt", "completion", "prompt_tokens", "tokens"
+    rows = [dict(zip(names, row)) for row in zip(texts, texts.values(), prompts, completions, *lengths)]
+    rows = [row for row in rows if row["prompt_tokens"] <= PROMPT and row["tokens"] <= LONGER]
     rng = random.Random(0)
     rng.shuffle(rows)
-    wanted, taken, rest = (
-        ["test"] * size.test + ["validation"] * size.validation,
-        {"test": [], "validation": []},
-        [],
-    )
-    begun = set()
+    wanted, begun = ["test"] * size.test + ["validation"] * size.validation, set()
+    taken, rest = {"test": [], "validation": []}, []
     for row in rows:  # held-out prompts first, no two alike
         if wanted and row["tokens"] <= RESPONSE and row["prompt"] not in begun:
             taken[wanted.pop()].append(row)
@@ -127,18 +117,13 @@ def make_splits(reviews, tokenizer, size):
             rest.append(row)
     short = [row for row in rest if row["tokens"] <= RESPONSE and row["prompt"] not in begun]
     short = short[: size.sft + size.sft_validation]
-    require = theory.require
     enough = not wanted and len(short) == size.sft + size.sft_validation
-    require(enough, f"only {len(short)} short reviews are left for SFT; give a larger --reviews")
+    theory.require(enough, f"only {len(short)} short reviews are left for SFT; give a larger --reviews")
     train, used = short[: size.sft], {row["text"] for row in short}
-    sft = {"train": train, "validation": short[size.sft :], "test": taken["test"]}
-    splits = {
-        "sft": {name: [pick(row, "prompt", "completion") for row in part] for name, part in sft.items()}
-    }
-    beginnings = list({row["prompt"]: pick(row, "prompt") for row in train}.values())
-    splits["prompts"] = {"train": beginnings} | {
-        x: [pick(row, "prompt") for row in part] for x, part in taken.items()
-    }
+    splits = {"sft": {"train": train, "validation": short[size.sft :], "test": taken["test"]}}
+    splits["prompts"] = {"train": list({row["prompt"]: row for row in train}.values())} | taken
+    for name, columns in {"sft": ("prompt", "completion"), "prompts": ("prompt",)}.items():
+        splits[name] = {x: [pick(row, *columns) for row in part] for x, part in splits[name].items()}
     rest = [row for row in rest if row["text"] not in used]
     labels = [[row["text"] for row in rest if row["label"] == label] for label in (1, 0)]
     for number, name in enumerate(("pairs", "judge_pairs")):  # every other review
@@ -151,14 +136,10 @@ def pick(row, *names):
 
 
 def pair_splits(labels, rng, size):
-    """{split: pairs} of [positive texts, negative texts]; every text in two pairs, with different partners."""
+    """{split: pairs} of [positive texts, negative texts]; every text in two pairs with other partners."""
     splits, start = {}, 0
-    few = size.pair_validation
-    for name, count in (
-        ("validation", few),
-        ("test", 4),
-        ("train", size.pair_reviews),
-    ):  # data.py wants a test
+    counts = {"validation": size.pair_validation, "test": 4, "train": size.pair_reviews}
+    for name, count in counts.items():  # without a test split data.py would take one from train
         positive, negative = ([" " + text for text in part[start : start + count]] for part in labels)
         both = min(len(positive), len(negative))
         theory.require(both > 1, "too few reviews are left for pairs; give a larger --reviews")
@@ -171,23 +152,18 @@ def pair_splits(labels, rng, size):
 
 def make_hh_splits(path, tokenizer, size):
     """{split: pairs} of the pairs within the lengths, one for a prompt."""
-    pairs = list(
-        {row["prompt"]: pick(row, "prompt", "chosen", "rejected") for row in read_lines(path)}.values()
-    )
-    columns = [tokenizer([pair[x] for pair in pairs])["input_ids"] for x in ("prompt", "chosen", "rejected")]
+    names, rows = ("prompt", "chosen", "rejected"), read_lines(path)
+    pairs = list({row["prompt"]: pick(row, *names) for row in rows}.values())
+    columns = [tokenizer([pair[x] for pair in pairs])["input_ids"] for x in names]
     lengths = zip(*([len(ids) for ids in column] for column in columns))
     fits = [a <= HH_PROMPT and max(b, c) < HH_PAIR and min(b, c) > 0 for a, b, c in lengths]
     pairs = [pair for pair, fit in zip(pairs, fits) if fit]
     random.Random(0).shuffle(pairs)
     first, last = size.hh_prompts, size.hh_prompts + size.hh_validation
-    theory.require(
-        len(pairs) > last + 16, f"{path} has only {len(pairs)} pairs within the lengths; give more"
-    )
-    return {
-        "test": pairs[:first],
-        "validation": pairs[first:last],
-        "train": pairs[last : last + size.hh_pairs],
-    }
+    enough = len(pairs) > last + 16
+    theory.require(enough, f"{path} has only {len(pairs)} pairs within the lengths; give more")
+    train = pairs[last : last + size.hh_pairs]
+    return {"train": train, "validation": pairs[first:last], "test": pairs[:first]}
 
 
 def read_lines(path):
@@ -224,10 +200,8 @@ def make_run(part, method, rate, seed, steps, args, times=0, shift=0.0):
     script, flags, _ = reproduce.METHODS[method]
     flags = flags | METHODS[method] | {"learning_rate": rate, "seed": seed, "steps": steps, "beta": BETA}
     flags |= {"dtype": DTYPE, "prompt_length": PROMPT, "response_length": RESPONSE, "epochs": 2}
-    flags |= {
-        "prompts_per_step": args.size.prompts_per_step,
-        "minibatch_size": args.size.prompts_per_step // 2,
-    }
+    B = args.size.prompts_per_step
+    flags |= {"prompts_per_step": B, "minibatch_size": B // 2}
     flags |= {"eval_prompts": 64, "eval_every": 0 if part == "tuning" else 20, "save_every": 20}
     flags |= {"critic_learning_rate": float(f"{CRITIC * rate:.3g}")} if method == "ppo" else {}
     flags |= {"reward_shift": shift} if shift else {}
@@ -248,11 +222,8 @@ def plan(args):
     unknown += [] if spread else ["shifted runs, as the SFT model is not measured"]
     for times in size.shifts if spread else ():
         shift = float(f"{times * spread:.2g}")
-        runs += [
-            make_run("shifted", m, known[m], size.seeds[0], size.steps, args, times, shift)
-            for m in SHIFTED
-            if m in known
-        ]
+        for m in [m for m in SHIFTED if m in known]:
+            runs.append(make_run("shifted", m, known[m], size.seeds[0], size.steps, args, times, shift))
     return runs, unknown
 
 
@@ -290,11 +261,9 @@ def train(script, flags, folder):
 
 def tidy(folder, keep=False):
     """Frees the disk: 3 GB a run."""
-    for file in folder.rglob("*.*"):
-        if file.name == "checkpoint.pt" or (file.name == "model.safetensors" and not keep):
-            file.unlink()
-    for file in folder.glob("critic/model.safetensors"):
-        file.unlink()
+    weights = [] if keep else [folder / "model.safetensors"]
+    for file in (folder / "checkpoint.pt", folder / "critic" / "model.safetensors", *weights):
+        file.unlink(missing_ok=True)
 
 
 def stage(name, script, flags, model, data, args):
@@ -303,10 +272,9 @@ def stage(name, script, flags, model, data, args):
     if (folder / "model.safetensors").exists() and read_log(args, name):
         return
     paths = {"model": model, "dataset": args.home / "data" / data}
-    theory.require(
-        train(script, STAGE | {"dtype": DTYPE} | flags | paths, folder), f"{name} failed; see above", 1
-    )
-    write_log(args, name, reproduce.origin() | {"flags": STAGE | flags} | read_curve(folder))
+    flags = STAGE | {"dtype": DTYPE} | flags
+    theory.require(train(script, flags | paths, folder), f"{name} failed; see above", 1)
+    write_log(args, name, reproduce.origin() | {"flags": flags} | read_curve(folder))
     tidy(folder, keep=True)
 
 
@@ -328,9 +296,7 @@ def run_job(run, args):
 def measure_job(name, args):
     """Answers and their scores, in a process of its own: torch has one random state per process."""
     flags = {"measure": name, "model": args.model, "home": args.home, "folder": args.folder}
-    return bool(read_log(args, name)) or call(
-        f"results/real_language.py{' --quick' if args.quick else ''}", flags
-    )
+    return call(f"results/real_language.py{' --quick' if args.quick else ''}", flags)
 
 
 def hh_job(args):
@@ -356,29 +322,31 @@ def at_once(jobs, args):
 
 def run_all(args):
     """Everything that has no log, in the order that best rates and spread need."""
+    runs, unknown = plan(args)
+    wanted = [read_log(args, run["name"], run["flags"]) for run in runs]
+    if not unknown and all(wanted) and (read_log(args, "hh") or not args.hh):
+        return  # with the logs alone, no model is trained
     if not read_log(args, "splits") or not (args.home / "data").exists():
         reviews, tokenizer = read_reviews(args.reviews), evaluate.load_tokenizer(args.model)
         splits = make_splits(reviews, tokenizer, args.size)
         for name, parts in splits.items():
             write_data(name, parts, args)
         rows = {name: {split: len(part) for split, part in parts.items()} for name, parts in splits.items()}
-        about = {"model": Path(args.model).name, "reviews": Path(args.reviews).name, "rows": rows}
-        write_log(args, "splits", about)
+        names = {x: getattr(args, x) for x in ("model", "reviews")}  # of the hub, or a path, of which the end
+        names = {x: Path(name).name if Path(name).is_absolute() else name for x, name in names.items()}
+        write_log(args, "splits", names | {"rows": rows})
     stage("sft_model", "sft.py", {"epochs": 1, "response_length": RESPONSE}, args.model, "sft", args)
     scorers, sft = {"reward_model": ("pairs", 0), "judge": ("judge_pairs", 1)}, args.home / "sft_model"
-    at_once(
-        [
-            (stage, name, "reward_model.py", {"seed": seed, "response_length": PAIR}, sft, data, args)
-            for name, (data, seed) in scorers.items()
-        ],
-        args,
-    )
-    at_once(
-        [(measure_job, "sft", args), *((run_job, x, args) for x in plan(args)[0] if x["part"] == "tuning")],
-        args,
-    )
-    last = [(hh_job, args)] if args.hh else []
-    at_once([*((run_job, x, args) for x in plan(args)[0] if x["part"] != "tuning"), *last], args)
+    jobs = []
+    for name, (data, seed) in scorers.items():
+        flags = {"seed": seed, "response_length": PAIR}
+        jobs.append((stage, name, "reward_model.py", flags, sft, data, args))
+    at_once(jobs, args)
+    jobs = [] if read_log(args, "sft") else [(measure_job, "sft", args)]
+    jobs += [(run_job, run, args) for run in runs if run["part"] == "tuning"]
+    at_once(jobs, args)
+    jobs = [(run_job, run, args) for run in plan(args)[0] if run["part"] != "tuning"]
+    at_once([*jobs, *([(hh_job, args)] if args.hh else [])], args)
 
 
 # ---------------------------------------------------------------------------------------------- measurement
@@ -386,25 +354,20 @@ def read_curve(folder):
     """What a log keeps of metrics.jsonl: some metrics of every step, all evaluations, minutes."""
     rows = [json.loads(line) for line in open(folder / "metrics.jsonl")]
     steps = {x: [round(row[x], 5) for row in rows[1:]] for x in STEPWISE if x in rows[-1]}
-    points = [
-        {
-            x: round(y, 5)
-            for x, y in row.items()
-            if x == "step" or (x.startswith("eval_") and isinstance(y, float))
-        }
-        for row in rows
-    ]
+    points = []
+    for row in [row for row in rows if any(x.startswith("eval_") for x in row)]:
+        numbers = {x: round(y, 5) for x, y in row.items() if x.startswith("eval_") and isinstance(y, float)}
+        points.append({"step": row["step"]} | numbers)
     minutes = sum(value for row in rows for x, value in row.items() if x.startswith("seconds_")) / 60
-    return {"steps": steps, "evaluations": [x for x in points if len(x) > 1], "minutes": round(minutes, 2)}
+    return {"steps": steps, "evaluations": points, "minutes": round(minutes, 2)}
 
 
 def measure(name, args):
     """logs/NAME.json of a run, of "sft" or of "hh": answers to held-out prompts, and what they are worth."""
     size, hh = args.size, name == "hh"
     model = args.model if hh else str(args.home / "sft_model")
-    setting = evaluate.Args(
-        dataset=str(args.home / "data" / ("hh" if hh else "prompts")), seed=12345, dtype=DTYPE
-    )
+    data = args.home / "data" / ("hh" if hh else "prompts")
+    setting = evaluate.Args(dataset=str(data), seed=12345, dtype=DTYPE)
     setting.reward_model = str(args.home / ("hh_reward_model" if hh else "reward_model"))
     setting.model, setting.device, setting.temperature = model, "cpu", 1.0
     setting.prompt_length, setting.response_length = (HH_PROMPT, HH_RESPONSE) if hh else (PROMPT, RESPONSE)
@@ -415,9 +378,8 @@ def measure(name, args):
     setting.micro_batch_size, setting.sample_batch_size = 32, 256
     tokenizer = evaluate.load_tokenizer(model)
     reference = evaluate.load_model(AutoModelForCausalLM, model, tokenizer, setting)
-    prompts = evaluate.read_prompts(
-        setting.dataset, ["test"], tokenizer, setting, size.hh_prompts if hh else size.measured
-    )
+    P = size.hh_prompts if hh else size.measured
+    prompts = evaluate.read_prompts(setting.dataset, ["test"], tokenizer, setting, P)
     policy, reward = reference, evaluate.load_reward(tokenizer, setting)
     log = reproduce.origin()
     if name not in ("sft", "hh"):
@@ -436,9 +398,8 @@ def measure(name, args):
         first = rows[:: setting.samples_per_prompt][:8]
         log["samples"] = [pick(row, "prompt", "response", "reward") for row in first]
     write_log(args, name, log)
-    print(
-        f"{name}: reward {statistics.fmean(row['reward'] for row in rows):.3f} on {len(prompts)} test prompts"
-    )
+    reached = statistics.fmean(row["reward"] for row in rows)
+    print(f"{name}: reward {reached:.3f} on {len(prompts)} test prompts")
 
 
 def by_prompt(values, num_prompts, digits=3):
@@ -453,8 +414,347 @@ def read_scores(score, rows, prompts, tokenizer, setting):
     scores, size = [], setting.micro_batch_size
     for part in [rows[first : first + size] for first in range(0, len(rows), size)]:
         ids = [prompts[row["prompt_id"]]["prompt_ids"] for row in part]
-        tokens = *evaluate.pad(ids, "left", tokenizer, "cpu"), None, None
-        tokens = *tokens[:2], *evaluate.pad([row["response_ids"] for row in part], "right", tokenizer, "cpu")
+        prompt = evaluate.pad(ids, "left", tokenizer, "cpu")
+        response = evaluate.pad([row["response_ids"] for row in part], "right", tokenizer, "cpu")
         with evaluate.autocast(setting):
-            scores += score(dict(zip(evaluate.TOKENS, tokens))).tolist()
+            scores += score(dict(zip(evaluate.TOKENS, (*prompt, *response)))).tolist()
     return scores
+
+
+# -------------------------------------------------------------------------------------------- the statistics
+def tensor(log, name):
+    return torch.tensor(log[name], dtype=torch.float64)
+
+
+def variance_split(reward):
+    """The variance of rewards (P, S) between prompts and within them; share = between / (between + within).
+
+    raw: the variance of the prompts' means, to which S answers that differ by chance give within / S alone;
+    between is raw without that, and may be negative. share_low, share_high: bootstrap over prompts.
+    """
+    (P, S), mean, own = reward.shape, reward.mean(1), reward.var(1)
+
+    def parts(weight):  # (M, P) -> (M,) each
+        raw = (weight @ mean**2 - (weight @ mean) ** 2) * P / (P - 1)
+        return raw, weight @ own
+
+    def share(weight):
+        raw, within = parts(weight)
+        return (raw - within / S) / (raw - within / S + within)
+
+    raw, within = (x.item() for x in parts(torch.full((P,), 1 / P, dtype=torch.float64)))
+    found = {"prompts": P, "responses": S, "between": raw - within / S, "within": within, "raw": raw}
+    found |= {"chance": within / S}
+    return found | dict(zip(("share", "share_low", "share_high"), theory.bootstrap(share, P)))
+
+
+def mean_of(name, values):
+    """Columns name, name_low, name_high: the mean of a value of every prompt, (P,)."""
+    interval = theory.bootstrap(lambda share: share @ values, len(values))
+    return dict(zip((name, f"{name}_low", f"{name}_high"), interval))
+
+
+def draw_optimum(reward, judge):
+    """The Gibbs curve from N answers of the SFT model, as far as it can be trusted: its rows, and by prompt.
+
+    reward, judge (P, N). Rows: of gibbs_frontier; gold_reward is what the judge makes of that optimum.
+    By prompt: {"kl", "reward", "ess"}, (P, G).
+    """
+    scale = reward.std(1).mean().item() or 1.0
+    betas = [scale * 10 ** (3 - g / 20) for g in range(101)]
+    rows = theory.gibbs_frontier(reward, betas, gold=judge)
+    rows = list(takewhile(lambda row: row["ess"] >= TRUSTED_ESS, rows))
+    alone = [theory.gibbs_frontier(own, betas[: len(rows)]) for own in reward.split(1)]
+    curves = {}
+    for name in ("kl", "reward", "ess"):
+        curves[name] = torch.tensor([[row[name] for row in own] for own in alone], dtype=torch.float64)
+    return rows, curves
+
+
+def by_seed(run, log, sft, curves):
+    """The numbers of a run, for a table; its values by prompt under "prompts"."""
+    values = {"gain": tensor(log, "reward").mean(1) - tensor(sft, "reward").mean(1), "kl": tensor(log, "kl")}
+    values["objective"] = values["gain"] - BETA * values["kl"]
+    values["judge's gain"] = tensor(log, "judge").mean(1) - tensor(sft, "judge").mean(1)
+    values |= {x: tensor(log, x) for x in ("length", "ended")}
+    base = tensor(sft, "reward").mean(1)
+    best = theory.efficiency(base + values["gain"], base, values["kl"], curves["kl"], curves["reward"])
+    top = best["optimal_reward"][0]
+    row = pick(run, "part", "method", "rate", "seed", "times", "shift")
+    row |= {x: own.mean().item() for x, own in values.items()}
+    row |= {"optimum's gain": None if top is None else top - base.mean().item()}
+    row |= {"efficiency": best["frontier_efficiency"][0]}
+    return row | {"minutes": log["minutes"], "prompts": values, "log": log}
+
+
+# -------------------------------------------------------------------------------------------------- tables
+VALUES = "gain", "kl", "objective", "optimum's gain", "efficiency", "judge's gain", "length", "ended"
+
+
+def methods_table(main, sft):
+    """A line for each method: means over seeds, behind them the values of the seeds."""
+    table = []
+    for method in dict.fromkeys(x["method"] for x in main):
+        own = [x for x in main if x["method"] == method]
+        row = {"method": method, "rate": f"{own[0]['rate']:g}"}
+        row["seeds"] = ", ".join(str(x["seed"]) for x in own)
+        for name in VALUES:
+            values = [x[name] for x in own]
+            known = None not in values
+            each = ", ".join("-" if x is None else f"{x:.3f}" for x in values)
+            row[name] = (f"{statistics.fmean(values):.3f} " if known else "- ") + f"({each})"
+        table.append(row)
+    base = {x: f"{tensor(sft, x).mean():.3f}" for x in ("length", "ended")} if table else {}
+    return [dict.fromkeys(table[0], "") | {"method": "sft"} | base, *table] if table else []
+
+
+def differences(main):
+    """P3O minus another method on the same prompts, seeds both have averaged."""
+    table = []
+    for other in [m for m in METHODS if m != "p3o-v2"]:
+        ours, theirs = ({x["seed"]: x for x in main if x["method"] == m} for m in ("p3o-v2", other))
+        pairs = [(ours[seed], theirs[seed]) for seed in ours if seed in theirs]
+        if pairs:
+            row = {"p3o-v2 minus": other, "seeds": len(pairs)}
+            for name in ("gain", "kl", "objective", "judge's gain"):
+                apart = [a["prompts"][name] - b["prompts"][name] for a, b in pairs]
+                row |= mean_of(name, torch.stack(apart).mean(0))
+            table.append(row)
+    return table
+
+
+def win_rates(main, sft):
+    """Over all pairs of answers to a prompt, of all seeds; ties half."""
+    answers, table = {}, []
+    for by in ("reward", "judge"):
+        answers = {"sft": tensor(sft, by)}
+        for method in dict.fromkeys(x["method"] for x in main):
+            own = [tensor(x["log"], by) for x in main if x["method"] == method]
+            answers[method] = torch.cat(own, 1)  # (P, seeds * S)
+        matches = [(m, "sft") for m in answers if m != "sft"]
+        matches += [("p3o-v2", m) for m in answers if m not in ("sft", "p3o-v2") and "p3o-v2" in answers]
+        for a, b in matches:
+            wins, ties = theory.cross_wins(answers[a], answers[b])
+            row = {"by": "reward model" if by == "reward" else by, "method": a, "against": b}
+            table.append(row | mean_of("wins", wins) | {"ties": ties.mean().item()})
+    return table
+
+
+def tuning_table(runs, logs):
+    """The last evaluation of every tuning run."""
+    table = []
+    for run in [run for run in runs if run["part"] == "tuning" and logs[run["name"]]]:
+        last = logs[run["name"]]["evaluations"][-1]
+        row = {"method": run["method"], "rate": f"{run['rate']:g}", "objective": last["eval_objective"]}
+        table.append(row | {"reward": last["eval_reward"], "kl": last["eval_kl_exact"]})
+    for row in table:
+        best = max(x["objective"] for x in table if x["method"] == row["method"])
+        row["best"] = "yes" if row["objective"] == best else ""
+    return table
+
+
+def shifted_table(points, size):
+    """Runs with offsets and the same run without; change: of the objective, on the same prompts."""
+    own = [x for x in points if x["method"] in SHIFTED and x["seed"] == size.seeds[0]]
+    base, table = {x["method"]: x["prompts"]["objective"] for x in own if x["part"] == "main"}, []
+    for x in sorted(own, key=lambda x: (SHIFTED.index(x["method"]), x["times"])):
+        row = {"method": x["method"], "offsets, times the spread": str(x["times"])}
+        row |= pick(x, "shift", "gain", "kl", "objective")
+        if x["method"] in base:
+            row |= mean_of("change", x["prompts"]["objective"] - base[x["method"]])
+        table.append({"change": None} | row if x["method"] not in base else row)
+    return table if any(x["part"] == "shifted" for x in own) else []
+
+
+def cost_table(main):
+    """Seconds of a step, tokens sampled per second, minutes of a run; means over steps and seeds."""
+    table = []
+    for method in dict.fromkeys(x["method"] for x in main):
+        own = [x for x in main if x["method"] == method]
+        steps = {x: statistics.fmean(sum((y["log"]["steps"][x] for y in own), [])) for x in STEPWISE[-4:]}
+        row = {"method": method} | {x.replace("_", " "): value for x, value in steps.items()}
+        table.append(row | {"minutes": statistics.fmean(x["minutes"] for x in own)})
+    return table
+
+
+def stages_table(args):
+    """Held-out numbers of the stages before and after they were trained."""
+    table = []
+    for name in ("sft_model", "reward_model", "judge", "hh_reward_model"):
+        log, measure = read_log(args, name), "perplexity" if name == "sft_model" else "accuracy"
+        if log:
+            before, after = (log["evaluations"][i][f"eval_{measure}"] for i in (0, -1))
+            steps = log["evaluations"][-1]["step"]
+            table.append(
+                {"stage": name, "steps": steps, "held-out": measure, "before": before, "after": after}
+            )
+    return table
+
+
+def samples_table(main, sft, size):
+    """First answers to the first prompts, side by side."""
+    columns = {"sft": sft} | {x["method"]: x["log"] for x in main if x["seed"] == size.seeds[0]}
+    rows = [["prompt", *columns]]
+    for number, sample in enumerate(sft["samples"]):
+        own = [log["samples"][number] for log in columns.values()]
+        rows.append([sample["prompt"], *(f"{x['response']} ({x['reward']:.2f})" for x in own)])
+    return theory.markdown_table(rows)
+
+
+# -------------------------------------------------------------------------------------------------- report
+def write_report(args):
+    """report.md, curves.png and a CSV a table, from the logs alone."""
+    runs, missing = plan(args)
+    logs = {run["name"]: read_log(args, run["name"], run["flags"]) for run in runs}
+    missing += [name for name, log in logs.items() if not log]
+    missing += [x for x in ("splits", "sft_model", "reward_model", "judge", "sft") if not read_log(args, x)]
+    missing += [] if read_log(args, "hh") else ["hh (--hh)"]
+    sft, points, optimum, curves, main = read_log(args, "sft"), [], [], {}, []
+    if sft:
+        optimum, curves = draw_optimum(tensor(sft, "reward"), tensor(sft, "judge"))
+        measured = [run for run in runs if run["part"] != "tuning" and logs[run["name"]]]
+        points = [by_seed(run, logs[run["name"]], sft, curves) for run in measured]
+        main = [x for x in points if x["part"] == "main"]
+    answered = {x: read_log(args, x) for x in ("sft", "hh") if read_log(args, x)}
+    split = [{"answers": x} | variance_split(tensor(log, "reward")) for x, log in answered.items()]
+    plain = [{x: y for x, y in point.items() if x not in ("prompts", "log")} for point in points]
+    tables = {  # title: name of the CSV, rows
+        "Methods, means (seeds)": ("methods", methods_table(main, sft)),
+        "P3O minus the others": ("differences", differences(main)),
+        "Win rates": ("wins", win_rates(main, sft) if sft else []),
+        "Tuning, seed 0, on the validation prompts": ("tuning", tuning_table(runs, logs)),
+        "Is the reward's variance between prompts?": ("variance", split),
+        "Offsets in the reward": ("shifted", shifted_table(points, args.size)),
+        "Cost": ("cost", cost_table(main)),
+        "Stages before": ("stages", stages_table(args)),
+    }
+    tables = {title: (name, rows) for title, (name, rows) in tables.items() if rows}
+    folder = Path(args.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, rows in [*tables.values(), ("runs", plain)]:
+        with open(folder / f"{name}.csv", "w", newline="") as file:
+            columns = list(dict.fromkeys(x for row in rows for x in row))
+            writer = csv.DictWriter(file, columns, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows({x: reproduce.text(value) for x, value in row.items()} for row in rows)
+    used = [log for log in logs.values() if log]
+    parts = ["# A real language model learns from human labels"]
+    parts += [explain(args, used, sft, optimum, curves)]
+    parts += [f"missing: {', '.join(missing)}"] if missing else []
+    parts += ["![training curves, reward and judge against KL](curves.png)"] if main else []
+    for title, (_, rows) in tables.items():
+        parts += [f"## {title}", reproduce.markdown(rows)]
+    if main:
+        parts += ["## First answers to the first test prompts (rewards), unselected"]
+        parts += [samples_table(main, sft, args.size)]
+        draw(points, optimum, sft).savefig(folder / "curves.png", dpi=150)
+    (folder / "report.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    print(f"{len(used)} runs; {f'missing: {len(missing)}, see report.md' if missing else 'nothing missing'}")
+
+
+EXPLAINED = """
+{model} on {reviews}: prompts are the first {words} words of a review; autocast to {dtype}; beta {beta}; a
+missing EOS costs 1 in the reward, nothing in the judge's score. Reward model and judge learnt from
+different reviews. Gains: over the SFT model on the same test prompts; objective: gain less beta KL; KL in
+nats per response. Seeds are of the last stage only: their values, no interval over trainings. In square
+brackets: 95%, bootstrap over prompts. PPO's critic learns at {critic:.2f} times the policy's rate, as in
+ppo.py's defaults. Offsets are multiples of the spread of the reward among the responses to a prompt,
+{spread}: the square root of its variance within prompts in the SFT model's answers, to two digits. between:
+variance of the prompts' means (raw) less chance, within / responses; share: of between + within. hh:
+answers of the plain model of at most {hh} tokens, scored without a penalty. {optimum} {count} RL runs,
+{minutes:.0f} minutes of training; {hardware}. Commit {commits}."""
+OPTIMUM = """
+The optimum is estimated from {samples} SFT answers a prompt, up to KL {kl:.2f}, where the effective sample
+size is {ess:.0f}, {worst:.1f} at the worst prompt; its bias is of the order of 1 / that size, so that a
+policy may lie above it. Efficiencies beyond it are left out."""
+
+
+def explain(args, used, sft, optimum, curves):
+    """What was done, and how to read it."""
+    about, found = read_log(args, "splits") or {}, f"No optimum: too few answers for an ess of {TRUSTED_ESS}."
+    if optimum:
+        numbers = pick(optimum[-1], "kl", "ess") | {"worst": curves["ess"][:, -1].min().item()}
+        found = OPTIMUM.format(samples=len(sft["reward"][0]), **numbers)
+    numbers = {"words": FIRST_WORDS, "dtype": DTYPE, "beta": BETA, "critic": CRITIC, "hh": HH_RESPONSE}
+    numbers |= {x: about.get(x, "not known") for x in ("model", "reviews")} | {"spread": spread_of(sft)}
+    numbers |= {"optimum": found, "count": len(used), "minutes": sum(log["minutes"] for log in used)}
+    numbers |= {"hardware": "; ".join(sorted({log["hardware"] for log in used}))}
+    numbers |= {"commits": ", ".join(sorted({(log["git_commit"] or "unknown")[:7] for log in used}))}
+    return " ".join(EXPLAINED.format(**numbers).split())
+
+
+def draw(points, optimum, sft):
+    """Evaluations along training, and the test prompts: reward model's and judge's gain, all against KL."""
+    figure, axes = reproduce.panels(3, 4.6, 4.2)
+    main, evaluated = [x for x in points if x["part"] == "main"], {}
+    for x in main:
+        first, curve = x["log"]["evaluations"][0], x["log"]["evaluations"]
+        curve = [(abs(y["eval_kl_exact"]), y["eval_reward"] - first["eval_reward"]) for y in curve]
+        evaluated[x["method"], x["seed"]] = curve
+    kls = [x["kl"] for x in main] + [kl for curve in evaluated.values() for kl, _ in curve]
+    right = 1.2 * max(0.01, *kls)
+    styles = {seed: style for seed, style in zip(dict.fromkeys(x["seed"] for x in main), ("-", "--", ":"))}
+    for axis, of in zip(axes, ("reward", "reward", "gold_reward")):
+        base = tensor(sft, "judge" if of == "gold_reward" else "reward").mean().item()
+        path = [(row["kl"], row[of] - base) for row in optimum if row["kl"] <= right]
+        look = {"color": "black", "lw": 2.2, "label": "optimum for the reward model"}
+        axis.plot([x for x, _ in path], [y for _, y in path], **look)
+    for (method, seed), curve in evaluated.items():
+        look = {"color": reproduce.color(method), "marker": ".", "label": f"{method}, seed {seed}"}
+        axes[0].plot(*zip(*curve), ls=styles[seed], lw=1.3, **look)
+    for axis, gain in zip(axes[1:], ("gain", "judge's gain")):
+        for method in dict.fromkeys(x["method"] for x in main):
+            own = [x for x in main if x["method"] == method]
+            look = {"color": reproduce.color(method), "label": method, "zorder": 3}
+            axis.plot([x["kl"] for x in own], [x[gain] for x in own], "o", ms=6, **look)
+    titles = "along training, validation prompts", "reward model, test prompts", "judge, test prompts"
+    for axis, title in zip(axes, titles):
+        reproduce.finish(axis, right, title)
+    return figure
+
+
+# ------------------------------------------------------------------------------------------------------ main
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    add = parser.add_argument
+    add("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="hub name or folder")
+    reviews = "cornell-movie-review-data/rotten_tomatoes"
+    add("--reviews", default=reviews, help="hub name (its split train) or .jsonl; text, label (1: positive)")
+    add("--hh", help=".jsonl of prompt, chosen, rejected: variance of the reward on these prompts, too")
+    add("--processes", type=int, default=2, help="trainings at a time, one thread each")
+    add("--plots_only", action="store_true", help="report and picture from the logs; train nothing")
+    add("--quick", action="store_true", help="a few rows and steps, to see that it works")
+    add("--home", default="out/real", help="of data and models")
+    add("--folder", default=str(ROOT / "results" / "real_language"), help="of logs/, report.md, curves.png")
+    add("--measure", help=argparse.SUPPRESS)  # a run; what the parent process asks of another
+    args = parser.parse_args(argv)
+    for name in ("model", "reviews", "hh"):
+        value = getattr(args, name)
+        if value and Path(value).exists():
+            setattr(args, name, str(Path(value).absolute()))  # we run in ROOT
+    args.home, args.folder = (ROOT / args.home).absolute(), str(Path(args.folder).absolute())
+    args.logs, args.size = "logs", QUICK if args.quick else Size()
+    return args
+
+
+def main(args):
+    os.chdir(ROOT)
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    if args.measure:
+        measure(args.measure, args)
+        return
+    own = not args.quick or Path(args.folder).parent != ROOT / "results"
+    theory.require(own, "--quick writes what is no result; give it a --folder of its own")
+    if not args.plots_only:
+        run_all(args)
+    write_report(args)
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_args())
+    except KeyboardInterrupt:
+        theory.require(False, "interrupted; the same command goes on with what was saved", 130)

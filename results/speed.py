@@ -9,7 +9,7 @@ prompts, reward, lengths, batch and epochs: RLOOTrainer (results/trl/rloo.py, tr
 the pairwise gradient, and PPOTrainer (results/trl/ppo.py, trl 1.10.0, the last with one). They need different
 versions of trl: --rloo_python and --ppo_python name the Python that has them; without, there is no peer.
 Models: the toy's; the toy's with GPT-2's own activation, gelu_new, the same function in eight operations; a
-GPT-2 of 124M with random weights and random words (32 tokens, responses of 32). Writes speed.csv, speed.md.
+GPT-2 of 124M with random weights and random words (32 tokens, responses of 32). Writes speed_MODEL.csv, .md.
 
 Shares: of the rates of a float32 matrix product (1024 x 1024) and of copying 256 MB, measured just before
 with as many threads. Decoding reads every weight once per token; the update multiplies by every weight of
@@ -183,34 +183,30 @@ def describe(results, peers, rows, size, rates):
     return row
 
 
-def compare(args, folder):
-    """Rows of the comparison: one for each model, number of threads and program."""
-    rows = []
+def compare(name, args, folder):
+    """Rows of the comparison of one of MODELS: one for each number of threads and program."""
+    world = {"model": "out/sft", "reward_model": "out/reward_model", "dataset": "data/toy/prompts"}
+    if name != "toy":
+        world = make_world(folder, **MODELS[name]) if MODELS[name] else make_old_toy(folder)
+    B, length = BATCH.get(name, 64), 32 if name in BATCH else 24
+    flags = world | {"prompts_per_step": B, "minibatch_size": B // 2, "micro_batch_size": B // 2}
+    flags |= {"prompt_length": 32, "response_length": length, "num_responses": K, "epochs": EPOCHS}
+    flags |= {"steps": FEW if name in BATCH else STEPS}
     commands = {program: make_command(program, args) for program in (*PEERS, *PEERS.values())}
     commands = {program: command for program, command in commands.items() if command}
-    for name in args.models:
-        world = {"model": "out/sft", "reward_model": "out/reward_model", "dataset": "data/toy/prompts"}
-        if name != "toy":
-            (folder / name).mkdir()
-            world = make_world(folder / name, **MODELS[name]) if MODELS[name] else make_old_toy(folder / name)
-        B, length = BATCH.get(name, 64), 32 if name in BATCH else 24
-        flags = world | {"prompts_per_step": B, "minibatch_size": B // 2, "micro_batch_size": B // 2}
-        flags |= {"prompt_length": 32, "response_length": length, "num_responses": K, "epochs": EPOCHS}
-        flags |= {"steps": FEW if name in BATCH else STEPS}
-        size = count(world)
-        for threads in args.threads:
-            rates = yardsticks(threads)
-            found = {program: [] for program in commands}
-            for _ in range(args.repeats):
-                for program, command in commands.items():
-                    found[program].append(run(command, threads, flags))
-            for program, results in found.items():
-                row = {"model": name, "threads": threads, "program": program}
-                row |= describe(results, found.get(PEERS.get(program), []), B * K, size, rates)
-                if program == "ppo":  # its update trains a critic too, of the same size: two passes
-                    del row["update, share of matrix rate"]
-                rows.append(row)
-                print(row, flush=True)
+    size, rows = count(world), []
+    for threads in args.threads:
+        rates, found = yardsticks(threads), {program: [] for program in commands}
+        for _ in range(args.repeats):
+            for program, command in commands.items():
+                found[program].append(run(command, threads, flags))
+                print(f"{name}, {threads} threads, {program}: {found[program][-1]}", flush=True)
+        for program, results in found.items():
+            row = {"model": name, "threads": threads, "program": program}
+            row |= describe(results, found.get(PEERS.get(program), []), B * K, size, rates)
+            if program == "ppo":  # its update trains a critic too, of the same size
+                del row["update, share of matrix rate"]
+            rows.append(row)
     return rows
 
 
@@ -256,24 +252,19 @@ def growth(args, folder):
     return rows
 
 
-def main(args):
-    os.chdir(ROOT)
+def write_table(name, rows, steps, args):
+    """NAME.csv and NAME.md."""
     import torch
     import transformers
 
-    name = "growth" if args.growth else "speed"
     info, cpu = Path("/proc/cpuinfo"), "unknown CPU"
     if info.exists():
         cpu = next(line.split(":")[1].strip() for line in open(info) if line.startswith("model name"))
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-    ).stdout.strip()
-    source = f"Commit {commit}; torch {torch.__version__}, transformers {transformers.__version__}; "
-    source += (
-        f"{cpu}, {os.cpu_count()} cores; {args.repeats} repeats in turns, {STEPS} steps each (124M: {FEW})."
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    source = (
+        f"Commit {git.stdout.strip()}; torch {torch.__version__}, transformers {transformers.__version__}; "
     )
-    with tempfile.TemporaryDirectory() as folder:
-        rows = (growth if args.growth else compare)(args, Path(folder))
+    source += f"{cpu}, {os.cpu_count()} cores; {args.repeats} repeats in turns, {steps} steps each."
     heads = list(dict.fromkeys(head for row in rows for head in row))
     with open(Path(args.folder, f"{name}.csv"), "w", newline="") as file:
         writer = csv.DictWriter(file, heads, lineterminator="\n")
@@ -285,12 +276,23 @@ def main(args):
     Path(args.folder, f"{name}.md").write_text(f"# {name}\n\n{source} {note}\n\n{table}\n")
 
 
+def main(args):
+    os.chdir(ROOT)
+    for name in ["growth"] if args.growth else args.models:
+        with tempfile.TemporaryDirectory() as folder:
+            if args.growth:
+                write_table(name, growth(args, Path(folder)), STEPS, args)
+            else:
+                rows, steps = compare(name, args, Path(folder)), FEW if name in BATCH else STEPS
+                write_table(f"speed_{name.replace(', ', '_')}", rows, steps, args)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument(
         "--threads", type=int, nargs="+", default=[1, 2], help="threads of a process; default: 1 2"
     )
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=[*MODELS], help="default: both")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=[*MODELS], help="default: all")
     parser.add_argument("--repeats", type=int, default=5, help="runs of every program; default: 5")
     parser.add_argument("--growth", action="store_true", help="seconds and memory as the work grows")
     parser.add_argument("--folder", default=str(ROOT / "results"), help="of the tables")
