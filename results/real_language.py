@@ -46,11 +46,11 @@ import ppo
 
 METHODS = {"p3o-v2": {}, "ppo": {}, "online-dpo": {"labels": "sampled"}}  # and the flags of reproduce.METHODS
 SHIFTED = "p3o-v2", "ppo"
-BETA, DTYPE = 0.3, "bfloat16"
+BETA, DTYPE = 0.5, "bfloat16"
 CRITIC = (
     ppo.Args().critic_learning_rate / ppo.Args().learning_rate
 )  # PPO's rates keep the ratio of its defaults
-FIRST_WORDS, PROMPT, RESPONSE, LONGER = 4, 12, 20, 32  # words, and tokens; completions with EOS
+FIRST_WORDS, PROMPT, RESPONSE, LONGER = 4, 12, 16, 32  # words, and tokens; completions with EOS
 PAIR = PROMPT + LONGER  # tokens of a whole review, at most
 HH_PROMPT, HH_PAIR, HH_RESPONSE = 128, 64, 48  # tokens
 TRUSTED_ESS = 10  # of 64 samples a prompt: the optimum is drawn as far as that
@@ -75,8 +75,8 @@ class Size:
     pair_reviews: int = 10**6  # of each label, at most, to train a reward model; two pairs to each
     pair_validation: int = 75  # the same, held out
     steps: int = 60
-    tuning_steps: int = 10
-    rates: tuple = (3e-6, 1e-5, 3e-5)
+    tuning_steps: int = 8
+    rates: tuple = (1e-5, 3e-5, 1e-4)
     seeds: tuple = (1, 2)
     shifts: tuple = (1, 4)  # times the spread of the reward among the responses to a prompt
     prompts_per_step: int = 16
