@@ -53,7 +53,7 @@ CRITIC = (
 FIRST_WORDS, PROMPT, RESPONSE, LONGER = 4, 12, 16, 32  # words, and tokens; completions with EOS
 PAIR = PROMPT + LONGER  # tokens of a whole review, at most
 HH_PROMPT, HH_PAIR, HH_RESPONSE = 128, 64, 48  # tokens
-TRUSTED_ESS = 10  # of 64 samples a prompt: the optimum is drawn as far as that
+TRUSTED_ESS = 10  # of 48 samples a prompt: the optimum is drawn as far as that
 STAGE = {
     "learning_rate": 2e-5,
     "minibatch_size": 16,
@@ -75,14 +75,14 @@ class Size:
     pair_reviews: int = 10**6  # of each label, at most, to train a reward model; two pairs to each
     pair_validation: int = 75  # the same, held out
     steps: int = 60
-    tuning_steps: int = 8
+    tuning_steps: int = 6
     rates: tuple = (1e-5, 3e-5, 1e-4)
     seeds: tuple = (1, 2)
     shifts: tuple = (1, 4)  # times the spread of the reward among the responses to a prompt
     prompts_per_step: int = 16
     measured: int = 64  # P, of the test prompts
     responses: int = 8  # S
-    sft_responses: int = 64  # they draw the optimum, too
+    sft_responses: int = 48  # they draw the optimum, too
     hh_pairs: int = 800
     hh_validation: int = 100
     hh_prompts: int = 48
@@ -201,7 +201,7 @@ def make_run(part, method, rate, seed, steps, args, times=0, shift=0.0):
     flags = flags | METHODS[method] | {"learning_rate": rate, "seed": seed, "steps": steps, "beta": BETA}
     flags |= {"dtype": DTYPE, "prompt_length": PROMPT, "response_length": RESPONSE, "epochs": 2}
     B = args.size.prompts_per_step
-    flags |= {"prompts_per_step": B, "minibatch_size": B // 2}
+    flags |= {"prompts_per_step": B, "minibatch_size": B}
     flags |= {"eval_prompts": 64, "eval_every": 0 if part == "tuning" else 20, "save_every": 20}
     flags |= {"critic_learning_rate": float(f"{CRITIC * rate:.3g}")} if method == "ppo" else {}
     flags |= {"reward_shift": shift} if shift else {}
@@ -339,7 +339,7 @@ def run_all(args):
     scorers, sft = {"reward_model": ("pairs", 0), "judge": ("judge_pairs", 1)}, args.home / "sft_model"
     jobs = []
     for name, (data, seed) in scorers.items():
-        flags = {"seed": seed, "response_length": PAIR}
+        flags = {"seed": seed, "response_length": PAIR, "minibatch_size": 32}
         jobs.append((stage, name, "reward_model.py", flags, sft, data, args))
     at_once(jobs, args)
     jobs = [] if read_log(args, "sft") else [(measure_job, "sft", args)]
