@@ -3,7 +3,7 @@
     python evaluate.py [RUN ...] [--flags]     default: every run found under out/
 
 ends, after the quick start, on two x86 cores, with
-    out/evaluation: answers.jsonl, 10240 responses of sft, p3o to 32 prompts; 0.7 minutes
+    out/evaluation: answers.jsonl, 10240 responses of sft, p3o to 32 prompts; 0.3 minutes
 
 answers.jsonl, a line a response: policy, prompt_id, prompt, response, response_ids, reward, gold_reward (if
 toy.py made the data), logp (nats, under every policy and the SFT model), kl_exact (of the next-token

@@ -3,7 +3,7 @@
     python frontier.py     after evaluate.py; loads no model, takes seconds
 
 ends, after the quick start, with
-    p3o: 96.3% of the optimum's gain at its KL, 1.26 nats; reward 3.447, 0.081 below the optimum.
+    p3o: 95.4% of the optimum's gain at its KL, 1.29 nats; reward 2.475, 0.103 below the optimum.
     out/evaluation: summary.json, report.md, frontier.png
 made from answers.jsonl and meta.json there, and replaced each time; nothing else is written.
 
