@@ -5,6 +5,7 @@ import importlib.util
 import itertools
 import json
 import re
+import statistics
 import subprocess
 
 import pytest
@@ -589,6 +590,20 @@ def test_every_method_runs_at_the_best_learning_rate_of_the_same_grid():
         best = max(rows, key=lambda row: float(row["objective"]))
         used = (vars(reproduce.SCRIPTS[script]()) | flags)["learning_rate"]
         assert best["best"] == "yes" and float(best["learning rate"]) == used, method
+
+
+def test_what_changed_the_last_bits_left_p3o_within_its_interval():
+    """Both from the same machine: before and after Adam and the toy's activation were fused."""
+    found = {}
+    for name in ("logs_staleness", "logs_fused"):
+        folder = ROOT / "results" / name
+        logs = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
+        runs = [logs[f"p3o-v2_beta{reproduce.BETA:g}_seed{seed}"] for seed in (1, 2, 3)]
+        assert len({log["hardware"] for log in logs.values()}) == 1
+        means = [{x: statistics.fmean(log["prompts"][x]) for x in ("reward", "kl")} for log in runs]
+        sft = statistics.fmean(logs["sft"]["prompts"]["reward"])
+        found[name] = reproduce.t_interval([m["reward"] - sft - reproduce.BETA * m["kl"] for m in means])
+    assert found["logs_staleness"][1] < found["logs_fused"][0] < found["logs_staleness"][2], found
 
 
 def test_logs_are_compact():
