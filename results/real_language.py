@@ -53,7 +53,7 @@ CRITIC = (
 FIRST_WORDS, PROMPT, RESPONSE, LONGER = 4, 12, 16, 32  # words, and tokens; completions with EOS
 PAIR = PROMPT + LONGER  # tokens of a whole review, at most
 HH_PROMPT, HH_PAIR, HH_RESPONSE = 128, 64, 48  # tokens
-TRUSTED_ESS = 10  # of 48 samples a prompt: the optimum is drawn as far as that
+TRUSTED_ESS = 10  # of 40 samples a prompt: the optimum is drawn as far as that
 STAGE = {
     "learning_rate": 2e-5,
     "minibatch_size": 16,
@@ -75,14 +75,14 @@ class Size:
     pair_reviews: int = 10**6  # of each label, at most, to train a reward model; two pairs to each
     pair_validation: int = 75  # the same, held out
     steps: int = 60
-    tuning_steps: int = 6
-    rates: tuple = (1e-5, 3e-5, 1e-4)
+    tuning_steps: int = 5
+    rates: tuple = (3e-5, 1e-4)
     seeds: tuple = (1, 2)
     shifts: tuple = (1, 4)  # times the spread of the reward among the responses to a prompt
     prompts_per_step: int = 16
     measured: int = 64  # P, of the test prompts
     responses: int = 8  # S
-    sft_responses: int = 48  # they draw the optimum, too
+    sft_responses: int = 40  # they draw the optimum, too
     hh_pairs: int = 800
     hh_validation: int = 100
     hh_prompts: int = 48
