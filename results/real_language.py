@@ -74,7 +74,7 @@ class Size:
     test: int = 128
     pair_reviews: int = 10**6  # of each label, at most, to train a reward model; two pairs to each
     pair_validation: int = 75  # the same, held out
-    steps: int = 60
+    steps: int = 40
     tuning_steps: int = 5
     rates: tuple = (3e-5, 1e-4)
     seeds: tuple = (1, 2)
@@ -202,7 +202,7 @@ def make_run(part, method, rate, seed, steps, args, times=0, shift=0.0):
     flags |= {"dtype": DTYPE, "prompt_length": PROMPT, "response_length": RESPONSE, "epochs": 2}
     B = args.size.prompts_per_step
     flags |= {"prompts_per_step": B, "minibatch_size": B}
-    flags |= {"eval_prompts": 64, "eval_every": 0 if part == "tuning" else 20, "save_every": 20}
+    flags |= {"eval_prompts": 64, "eval_every": 0 if part == "tuning" else 10, "save_every": 20}
     flags |= {"critic_learning_rate": float(f"{CRITIC * rate:.3g}")} if method == "ppo" else {}
     flags |= {"reward_shift": shift} if shift else {}
     name = f"{method}_rate{rate:g}_steps{steps}{f'_shift{shift:g}' if shift else ''}_seed{seed}"
