@@ -997,7 +997,7 @@ def write_report(experiment, args):
     figure.savefig(Path(args.folder, f"{experiment}.png"), dpi=150)
 
 
-PAGES = "README.md", "results/README.md"
+PAGES = ("results/README.md",)
 BLOCK = re.compile(r"(<!-- results:(\w+) (\{.*?\}) -->\n).*?(<!-- /results -->)", re.S)
 
 
