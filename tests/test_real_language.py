@@ -95,21 +95,18 @@ def test_the_report_of_logs_with_a_known_optimum(tmp_path, capsys):
     real.main(args)
     assert "missing" in (tmp_path / "report.md").read_text()
     write(args, "sft", COIN, 0.0, {})
+    low, high = real.Size().rates[0], real.Size().rates[-1]
+    best = {"p3o-v2": high, "ppo": low, "online-dpo": high}
     for run in real.plan(args)[0]:
-        best = {"p3o-v2": 1e-5, "ppo": 3e-5, "online-dpo": 3e-6}[run["method"]]
         write(
             args,
             run["name"],
             COIN[:8],
             0.2,
-            {"flags": run["flags"], "objective": 2.0 if run["rate"] == best else 1.0},
+            {"flags": run["flags"], "objective": 2.0 if run["rate"] == best[run["method"]] else 1.0},
         )
     runs, unknown = real.plan(args)
-    assert not unknown and {x["method"]: x["rate"] for x in runs if x["part"] == "main"} == {
-        "p3o-v2": 1e-5,
-        "ppo": 3e-5,
-        "online-dpo": 3e-6,
-    }
+    assert not unknown and {x["method"]: x["rate"] for x in runs if x["part"] == "main"} == best
     p = 1 / (1 + math.exp(-1.0))  # at beta 1: KL to the fair coin, and three quarters of the gain for P3O
     kl, gain = math.log(2) + p * math.log(p) + (1 - p) * math.log(1 - p), p - 0.5
     for run in [run for run in runs if run["part"] != "tuning"]:
@@ -121,12 +118,12 @@ def test_the_report_of_logs_with_a_known_optimum(tmp_path, capsys):
     (first,) = [x for x in runs if x["part"] == "main" and x["method"] == "p3o-v2" and x["seed"] == 1]
     row = real.by_seed(first, real.read_log(args, first["name"]), sft, curves)
     assert row["efficiency"] == pytest.approx(0.75, abs=0.005) and row["objective"] == pytest.approx(
-        0.75 * gain - 0.3 * kl
+        0.75 * gain - real.BETA * kl
     )
     assert row["judge's gain"] == pytest.approx(0.75 * gain / 2)
     assert optimum[-1]["gold_reward"] == pytest.approx(optimum[-1]["reward"] / 2)
     report = (tmp_path / "report.md").read_text()
-    assert f"| ppo | 2 | {0.25 * gain:.3f} [" in report and "| p3o-v2 | 1e-05 | 1, 2 |" in report
+    assert f"| ppo | 2 | {0.25 * gain:.3f} [" in report and f"| p3o-v2 | {high:g} | 1, 2 |" in report
     # a constant answer between the coin's two sides beats one half of its answers; more reward beats less
     assert (
         "| reward model | p3o-v2 | sft | 0.500 [" in report and "| judge | p3o-v2 | ppo | 1.000 [" in report
