@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import re
 import statistics
 import sys
 
@@ -190,3 +191,16 @@ def test_all_of_it_with_a_tiny_model(tmp_path, monkeypatch):
     first, asked[:] = len(asked), []
     real.main(args)  # nothing is repeated
     assert first == 24 and not asked
+
+
+def test_the_numbers_of_the_readme_stand_in_the_committed_report():
+    section = (ROOT / "README.md").read_text().split("## On a real language model")[1].split("\n## ")[0]
+    report, numbers = (ROOT / "results/real_language/report.md").read_text(), re.findall(r"\d+\.\d+", section)
+    assert len(numbers) > 10 and [x for x in numbers if x not in report] == []
+
+
+def test_the_committed_report_is_what_the_committed_logs_say(tmp_path):
+    (tmp_path / "logs").symlink_to(ROOT / "results/real_language/logs")
+    real.main(real.parse_args(["--plots_only", "--folder", str(tmp_path)]))
+    for path in (ROOT / "results/real_language").glob("*.*"):
+        assert path.suffix == ".png" or (tmp_path / path.name).read_text() == path.read_text(), path.name
