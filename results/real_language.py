@@ -47,9 +47,7 @@ import ppo
 METHODS = {"p3o-v2": {}, "ppo": {}, "online-dpo": {"labels": "sampled"}}  # and the flags of reproduce.METHODS
 SHIFTED = "p3o-v2", "ppo"
 BETA, DTYPE = 0.5, "bfloat16"
-CRITIC = (
-    ppo.Args().critic_learning_rate / ppo.Args().learning_rate
-)  # PPO's rates keep the ratio of its defaults
+CRITIC = ppo.Args().critic_learning_rate / ppo.Args().learning_rate  # PPO's rates keep this ratio
 FIRST_WORDS, PROMPT, RESPONSE, LONGER = 4, 12, 16, 32  # words, and tokens; completions with EOS
 PAIR = PROMPT + LONGER  # tokens of a whole review, at most
 HH_PROMPT, HH_PAIR, HH_RESPONSE = 128, 64, 48  # tokens
@@ -371,9 +369,7 @@ def measure(name, args):
     setting.reward_model = str(args.home / ("hh_reward_model" if hh else "reward_model"))
     setting.model, setting.device, setting.temperature = model, "cpu", 1.0
     setting.prompt_length, setting.response_length = (HH_PROMPT, HH_RESPONSE) if hh else (PROMPT, RESPONSE)
-    setting.missing_eos_penalty = (
-        0.0 if hh else 1.0
-    )  # few answers end within the limit of hh: no noise of that
+    setting.missing_eos_penalty = 0.0 if hh else 1.0  # few of hh end within the limit: no noise of that
     setting.samples_per_prompt = size.sft_responses if name == "sft" else size.responses
     setting.micro_batch_size, setting.sample_batch_size = 32, 256
     tokenizer = evaluate.load_tokenizer(model)
