@@ -252,8 +252,8 @@ def growth(args, folder):
     return rows
 
 
-def write_table(name, rows, steps, args):
-    """NAME.csv and NAME.md."""
+def write_table(name, rows, each, args):
+    """NAME.csv and NAME.md; each: what a repeat is."""
     import torch
     import transformers
 
@@ -264,7 +264,7 @@ def write_table(name, rows, steps, args):
     source = (
         f"Commit {git.stdout.strip()}; torch {torch.__version__}, transformers {transformers.__version__}; "
     )
-    source += f"{cpu}, {os.cpu_count()} cores; {args.repeats} repeats in turns, {steps} steps each."
+    source += f"{cpu}, {os.cpu_count()} cores; {args.repeats} repeats in turns, {each}."
     heads = list(dict.fromkeys(head for row in rows for head in row))
     with open(Path(args.folder, f"{name}.csv"), "w", newline="") as file:
         writer = csv.DictWriter(file, heads, lineterminator="\n")
@@ -281,10 +281,10 @@ def main(args):
     for name in ["growth"] if args.growth else args.models:
         with tempfile.TemporaryDirectory() as folder:
             if args.growth:
-                write_table(name, growth(args, Path(folder)), STEPS, args)
+                write_table(name, growth(args, Path(folder)), f"{STEPS} steps each", args)
             else:
                 rows, steps = compare(name, args, Path(folder)), FEW if name in BATCH else STEPS
-                write_table(f"speed_{name.replace(', ', '_')}", rows, steps, args)
+                write_table(f"speed_{name.replace(', ', '_')}", rows, f"{steps} steps each", args)
 
 
 if __name__ == "__main__":

@@ -53,3 +53,31 @@ def test_a_run_is_measured(program, tmp_path, monkeypatch):
 def test_a_run_that_fails_says_what_it_said(tmp_path):
     with pytest.raises(SystemExit, match="p3o.py failed.*no-such-model"):
         speed.run(speed.make_command("p3o", None), 1, {"model": tmp_path / "no-such-model"})
+
+
+def test_the_floor_compares_passes_over_the_same_tokens(tmp_path):
+    """Sorted and trimmed micro-batches give the gradient of the batch as it stands, and every phase is timed."""
+    import floor
+    import torch
+
+    import p3o
+
+    torch.manual_seed(0)
+    world = speed.make_world(tmp_path, vocab_size=50, prompt_length=7, n_embd=16, n_layer=1, n_head=2)
+    args = p3o.Args(**{name: str(path) for name, path in world.items()}, device="cpu", num_responses=2)
+    args.prompts_per_step, args.minibatch_size, args.micro_batch_size = 8, 4, 4
+    args.prompt_length, args.response_length = 7, 6
+    models, optimizer, tokenizer, prompts = floor.load(args)
+    lengths = torch.tensor([6, 1, 3, 3, 2, 5])
+    pads = torch.tensor([0, 3, 1, 0, 2, 0])
+    tokens = [torch.randint(3, 50, (6, 7)), torch.arange(7) >= pads.unsqueeze(1)]
+    tokens += [torch.randint(3, 50, (6, 6)), torch.arange(6) < lengths.unsqueeze(1)]
+    gradients = []
+    for size, order in ((6, None), (2, lengths)):
+        models[0].zero_grad()
+        floor.passes(models[0], tokens, size, order)
+        gradients.append(torch.cat([p.grad.flatten() for p in models[0].parameters()]))
+    assert gradients[0].norm() > 0.1 and torch.allclose(*gradients, atol=1e-5)
+    assert [x.shape[1] for x in floor.trim(*(x[[1, 4]] for x in tokens))] == [5, 5, 2, 2]
+    found = floor.measure(models, optimizer, tokenizer, prompts, args, repeats=2)
+    assert len(found) == 9 and all(len(seconds) == 2 and min(seconds) > 0 for seconds in found.values())
