@@ -1,12 +1,13 @@
-"""How much of a step of p3o.py is the library's own passes, and what would be left without padding?
+"""How much of a step is the library's own passes, and what would be left without padding?
 
     python results/floor.py      one thread; after the quick start; run nothing beside it
 
-Every phase of a step on the toy is timed in turns with the bare passes of transformers that it cannot do
-without, on the same tokens: generate; the forward passes of policy, reference and reward model; a forward and
-a backward pass of the policy for each minibatch. Two more rows for the update: with micro-batches of
-8 prompts sorted by length, each trimmed to its longest prompt and response, and the bare passes on as many
-rows of average length, without a single pad. Writes floor.csv and floor.md.
+Every phase of a step of p3o.py on the toy is timed in turns with the bare passes of transformers that it
+cannot do without, on the same tokens: generate; the forward passes of policy, reference and reward model; a
+forward and a backward pass of the policy for each minibatch. Two more rows for the update: with micro-batches
+of 8 prompts sorted by length, each trimmed to its longest prompt and response, and the bare passes on as many
+rows of average length, without a single pad. Of ppo.py the update alone, beside the bare passes of policy and
+critic: its other phases are p3o.py's and a pass of the critic. Writes floor.csv and floor.md.
 """
 
 import argparse
@@ -23,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import speed
 
 import p3o
+import ppo
 
 SORTED = 8  # prompts of a micro-batch, as few as still pay
 
@@ -46,6 +48,19 @@ def trim(prompt_ids, prompt_mask, response_ids, response_mask):
     return prompt_ids[:, -P:], prompt_mask[:, -P:], response_ids[:, :R], response_mask[:, :R]
 
 
+def load_ppo(tokenizer, args):
+    """Settings of ppo.py with these sizes, its critic and the critic's optimizer."""
+    names = "model reward_model device prompts_per_step num_responses minibatch_size micro_batch_size".split()
+    sizes = {name: getattr(args, name) for name in names}
+    args = replace(ppo.Args(), **ppo.PRESETS["ppo"] | sizes)
+    critic = ppo.load_critic(tokenizer, args)
+    return (
+        args,
+        critic,
+        torch.optim.Adam(critic.parameters(), lr=1e-7, betas=(0.9, 0.95), eps=1e-5, fused=True),
+    )
+
+
 def passes(policy, tokens, size, lengths=None):
     """A forward and a backward pass for every `size` rows; if `lengths` are given, sorted and trimmed."""
     order = torch.arange(len(tokens[0])) if lengths is None else lengths.argsort()
@@ -54,12 +69,14 @@ def passes(policy, tokens, size, lengths=None):
         p3o.response_logps(policy, *(part if lengths is None else trim(*part))).sum().backward()
 
 
-def bare(policy, tokens, size):
+def bare(policy, tokens, size, critic=None):
     """passes, and nothing but what transformers does for them."""
     keep = tokens[2].shape[1] + 1
     for first in range(0, len(tokens[0]), size):
         inputs = p3o.model_inputs(*(x[first : first + size] for x in tokens))
         policy(**inputs, use_cache=False, logits_to_keep=keep).logits.sum().backward()
+        if critic:
+            critic.base_model(**inputs, use_cache=False).last_hidden_state.sum().backward()
 
 
 @torch.no_grad()
@@ -78,9 +95,11 @@ def measure(models, optimizer, tokenizer, prompts, args, repeats):
     policy, reference, reward_model = models
     B, K, found = args.prompts_per_step, args.num_responses, {}
     size = args.minibatch_size * K
+    own, critic, critic_optimizer = load_ppo(tokenizer, args)
 
     def timed(what, function):
         policy.zero_grad()
+        critic.zero_grad()
         start = time.perf_counter()
         result = function()
         found.setdefault(what, []).append(time.perf_counter() - start)
@@ -92,6 +111,11 @@ def measure(models, optimizer, tokenizer, prompts, args, repeats):
     def update(batch, reward):
         for minibatch in torch.randperm(B).split(args.minibatch_size):
             p3o.update_policy(policy, optimizer, batch, reward, minibatch, 1, args)
+
+    def update_ppo(batch):
+        for minibatch in torch.randperm(B).split(args.minibatch_size):
+            optimizers = optimizer, critic_optimizer
+            ppo.update_models((policy, critic), optimizers, batch, minibatch, None, 1, tokenizer, own)
 
     for step in range(repeats + 2):
         rows = [prompts[number] for number in p3o.data_order(len(prompts), B, step + 1, 0)]
@@ -114,6 +138,9 @@ def measure(models, optimizer, tokenizer, prompts, args, repeats):
         dense = [torch.ones_like(x) for x in (tokens[0][:, :P], tokens[1][:, :P])]
         dense += [torch.ones_like(x) for x in (tokens[2][:, :R], tokens[3][:, :R])]
         timed("update, no padding", lambda: bare(policy, dense, size))
+        ppo.estimate_advantages(critic, batch, batch["score"], own.beta, own)
+        timed("ppo's update, an epoch", lambda: update_ppo(batch))
+        timed("ppo's update, bare", lambda: bare(policy, tokens, size, critic))
     return {what: seconds[2:] for what, seconds in found.items()}
 
 
@@ -126,7 +153,8 @@ def main(options):
     rows = []
     for what, seconds in found.items():
         row = {"what": what, "seconds": speed.spread(seconds)}
-        own = found.get(what.split(",")[0]) or found["update, an epoch"]
+        phase = what.split(",")[0]
+        own = found.get(phase) or found[f"{phase}, an epoch"]
         row["of the phase"] = speed.spread([x / y for x, y in zip(seconds, own)])
         rows.append(row)
     speed.write_table("floor", rows, "1 thread", options)

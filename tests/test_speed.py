@@ -80,4 +80,4 @@ def test_the_floor_compares_passes_over_the_same_tokens(tmp_path):
     assert gradients[0].norm() > 0.1 and torch.allclose(*gradients, atol=1e-5)
     assert [x.shape[1] for x in floor.trim(*(x[[1, 4]] for x in tokens))] == [5, 5, 2, 2]
     found = floor.measure(models, optimizer, tokenizer, prompts, args, repeats=2)
-    assert len(found) == 9 and all(len(seconds) == 2 and min(seconds) > 0 for seconds in found.values())
+    assert len(found) == 11 and all(len(seconds) == 2 and min(seconds) > 0 for seconds in found.values())
