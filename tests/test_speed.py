@@ -1,5 +1,6 @@
 """results/speed.py: its arithmetic, by hand, and one real measurement of a tiny model."""
 
+import csv
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -81,3 +82,19 @@ def test_the_floor_compares_passes_over_the_same_tokens(tmp_path):
     assert [x.shape[1] for x in floor.trim(*(x[[1, 4]] for x in tokens))] == [5, 5, 2, 2]
     found = floor.measure(models, optimizer, tokenizer, prompts, args, repeats=2)
     assert len(found) == 11 and all(len(seconds) == 2 and min(seconds) > 0 for seconds in found.values())
+
+
+def test_the_speeds_in_the_readme_are_the_measured_ones():
+    lines = [
+        line for line in (speed.ROOT / "README.md").read_text().splitlines() if "(results/speed_" in line
+    ]
+    assert len(lines) >= 3
+    for line in lines:
+        model, threads, *said = (cell.strip() for cell in line.strip("|").split("|"))
+        with open(speed.ROOT / model.split("(")[1].strip(")").replace(".md", ".csv")) as file:
+            rows = {row["program"]: row for row in csv.DictReader(file) if row["threads"] == threads}
+        for place, program in enumerate(("p3o", "trl's rloo", "", "ppo", "trl's ppo")):
+            if program:
+                measured = rows[program]["completions/s"].split()[0] if program in rows else ""
+                assert said[place] == measured, line
+        assert [said[2], said[5]] == [rows[x]["speed over trl's"] for x in ("p3o", "ppo")], line
