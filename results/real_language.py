@@ -45,7 +45,7 @@ import frontier as theory
 import ppo
 
 METHODS = {"p3o-v2": {}, "ppo": {}, "online-dpo": {"labels": "sampled"}}  # and the flags of reproduce.METHODS
-SHIFTED = "p3o-v2", "ppo"
+SHIFTED = "ppo", "p3o-v2"
 BETA, DTYPE = 1.0, "bfloat16"  # with this beta the optimum is within what sft_responses can draw
 CRITIC = ppo.Args().critic_learning_rate / ppo.Args().learning_rate  # PPO's rates keep this ratio
 FIRST_WORDS, PROMPT, RESPONSE, LONGER = 4, 12, 16, 32  # words, and tokens; completions with EOS
@@ -76,7 +76,7 @@ class Size:
     tuning_steps: int = 20
     rates: tuple = (1e-5, 3e-5, 1e-4)
     seeds: tuple = (1, 2)
-    shifts: tuple = (1, 4)  # times the spread of the reward among the responses to a prompt
+    shifts: tuple = (4, 1)  # times the spread of the reward among the responses to a prompt
     prompts_per_step: int = 16
     measured: int = 64  # P, of the test prompts
     responses: int = 8  # S
@@ -361,8 +361,11 @@ def run_all(args):
     jobs = [] if read_log(args, "sft") else [(measure_job, "sft", args)]
     jobs += [(run_job, run, args) for run in runs if run["part"] == "tuning"]
     at_once(jobs, args)
-    jobs = [(run_job, run, args) for run in plan(args)[0] if run["part"] != "tuning"]
-    at_once([*jobs, *([(hh_job, args)] if args.hh else [])], args)
+    runs = plan(args)[0]
+    jobs = [(run_job, run, args) for run in runs if run["part"] == "main"]
+    jobs += [(hh_job, args)] if args.hh else []
+    jobs += [(run_job, run, args) for run in runs if run["part"] == "shifted"]
+    at_once(jobs, args)
 
 
 # ---------------------------------------------------------------------------------------------- measurement
