@@ -672,13 +672,14 @@ EXPLAINED = """
 {model} on {reviews}: prompts are the first {words} words of a review; autocast to {dtype}; beta {beta}; a
 missing EOS costs 1 in the reward, nothing in the judge's score. Reward model and judge learnt from
 different reviews. Gains: over the SFT model on the same test prompts; objective: gain less beta KL; KL in
-nats per response. Seeds are of the last stage only: their values, no interval over trainings. In square
-brackets: 95%, bootstrap over prompts. PPO's critic learns at {critic:.2f} times the policy's rate, as in
-ppo.py's defaults. Offsets are multiples of the spread of the reward among the responses to a prompt,
-{spread}: the square root of its variance within prompts in the SFT model's answers, to two digits. between:
-variance of the prompts' means (raw) less chance, within / responses; share: of between + within. hh:
-answers of the plain model of at most {hh} tokens, scored without a penalty. {optimum} {count} RL runs,
-{minutes:.0f} minutes of training; {hardware}. Commit {commits}."""
+nats per response. Seeds are of the last stage only: their values, no interval over trainings; solid and
+dashed in the picture. In square brackets: 95%, bootstrap over prompts. PPO's critic learns at {critic:.2f}
+times the policy's rate, as in ppo.py's defaults. Offsets are multiples of the spread of the reward among
+the responses to a prompt, {spread}: the square root of its variance within prompts in the SFT model's
+answers, to two digits. between: variance of the prompts' means (raw) less chance, within / responses;
+share: of between + within. hh: answers of the plain model of at most {hh} tokens, scored without a penalty.
+{optimum} {count} RL runs, {minutes:.0f} minutes of training (median steps; the machine was not always its
+own); {hardware}. Commit {commits}."""
 OPTIMUM = """
 The optimum is estimated from {samples} SFT answers a prompt, up to KL {kl:.2f}, where the effective sample
 size is {ess:.0f}, {worst:.1f} at the worst prompt; its bias is of the order of 1 / that size, so that a
@@ -693,10 +694,16 @@ def explain(args, used, sft, optimum, curves):
         found = OPTIMUM.format(samples=len(sft["reward"][0]), **numbers)
     numbers = {"words": FIRST_WORDS, "dtype": DTYPE, "beta": BETA, "critic": CRITIC, "hh": HH_RESPONSE}
     numbers |= {x: about.get(x, "not known") for x in ("model", "reviews")} | {"spread": spread_of(sft)}
-    numbers |= {"optimum": found, "count": len(used), "minutes": sum(log["minutes"] for log in used)}
+    numbers |= {"optimum": found, "count": len(used), "minutes": sum(map(typical_minutes, used))}
     numbers |= {"hardware": "; ".join(sorted({log["hardware"] for log in used}))}
     numbers |= {"commits": ", ".join(sorted({(log["git_commit"] or "unknown")[:7] for log in used}))}
     return " ".join(EXPLAINED.format(**numbers).split())
+
+
+def typical_minutes(log):
+    """Of a run, had all its steps taken as long as the median one: pauses do not count."""
+    seconds = [log["steps"][x] for x in STEPWISE[-3:]]
+    return sum(statistics.median(values) * len(values) for values in seconds) / 60
 
 
 def draw(points, optimum, sft):
@@ -716,7 +723,8 @@ def draw(points, optimum, sft):
         look = {"color": "black", "lw": 2.2, "label": "optimum for the reward model"}
         axis.plot([x for x, _ in path], [y for _, y in path], **look)
     for (method, seed), curve in evaluated.items():
-        look = {"color": reproduce.color(method), "marker": ".", "label": f"{method}, seed {seed}"}
+        look = {"color": reproduce.color(method), "marker": "."}
+        look |= {"label": method} if seed == main[0]["seed"] else {}
         axes[0].plot(*zip(*curve), ls=styles[seed], lw=1.3, **look)
     for axis, gain in zip(axes[1:], ("gain", "judge's gain")):
         for method in dict.fromkeys(x["method"] for x in main):
