@@ -45,13 +45,13 @@ import frontier as theory
 import ppo
 
 METHODS = {"p3o-v2": {}, "ppo": {}, "online-dpo": {"labels": "sampled"}}  # and the flags of reproduce.METHODS
-SHIFTED = "p3o-v2", "ppo"
-BETA, DTYPE = 0.5, "bfloat16"
+SHIFTED = "ppo", "p3o-v2"
+BETA, DTYPE = 1.0, "bfloat16"  # with this beta the optimum is within what sft_responses can draw
 CRITIC = ppo.Args().critic_learning_rate / ppo.Args().learning_rate  # PPO's rates keep this ratio
 FIRST_WORDS, PROMPT, RESPONSE, LONGER = 4, 12, 16, 32  # words, and tokens; completions with EOS
 PAIR = PROMPT + LONGER  # tokens of a whole review, at most
 HH_PROMPT, HH_PAIR, HH_RESPONSE = 128, 64, 48  # tokens
-TRUSTED_ESS = 10  # of 40 samples a prompt: the optimum is drawn as far as that
+TRUSTED_ESS = 10  # of the samples to a prompt: the optimum is drawn as far as that
 STAGE = {
     "learning_rate": 2e-5,
     "minibatch_size": 16,
@@ -72,15 +72,15 @@ class Size:
     test: int = 128
     pair_reviews: int = 10**6  # of each label, at most, to train a reward model; two pairs to each
     pair_validation: int = 75  # the same, held out
-    steps: int = 40
-    tuning_steps: int = 5
-    rates: tuple = (3e-5, 1e-4)
+    steps: int = 60
+    tuning_steps: int = 20
+    rates: tuple = (1e-5, 3e-5, 1e-4)
     seeds: tuple = (1, 2)
-    shifts: tuple = (1, 4)  # times the spread of the reward among the responses to a prompt
+    shifts: tuple = (4, 1)  # times the spread of the reward among the responses to a prompt
     prompts_per_step: int = 16
     measured: int = 64  # P, of the test prompts
     responses: int = 8  # S
-    sft_responses: int = 40  # they draw the optimum, too
+    sft_responses: int = 160  # they draw the optimum, too
     hh_pairs: int = 800
     hh_validation: int = 100
     hh_prompts: int = 48
@@ -226,13 +226,19 @@ def plan(args):
 
 
 def best_rate(method, runs, args):
-    """The rate with the highest held-out objective after tuning; None while a run of it is missing."""
+    """The rate with the highest objective in tuning; None while a run of it is missing."""
     own = [run for run in runs if run["method"] == method]
     logs = [read_log(args, run["name"], run["flags"]) for run in own]
     if not all(logs):
         return None
-    objectives = [log["evaluations"][-1]["eval_objective"] for log in logs]
+    objectives = [late_mean(log, "objective") for log in logs]
     return own[objectives.index(max(objectives))]["rate"]
+
+
+def late_mean(log, name):
+    """Mean over the second half of the steps. No prompt comes twice in a run, so these are held out, too."""
+    values = log["steps"][name]
+    return statistics.fmean(values[len(values) // 2 :])
 
 
 def spread_of(sft):
@@ -241,9 +247,13 @@ def spread_of(sft):
 
 
 def call(script, flags):
-    """Runs a script in one thread and shows its last line; whether it succeeded."""
+    """Runs a script in one thread and shows its last line; whether it succeeded.
+
+    glibc keeps freed memory: to fetch the large tensors of every step anew costs a tenth of the time.
+    """
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment |= {"MALLOC_MMAP_THRESHOLD_": str(2**33), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
     command = [sys.executable, *script.split(), *words]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     lines = (done.stderr if done.returncode else done.stdout).strip().splitlines()
@@ -268,12 +278,20 @@ def stage(name, script, flags, model, data, args):
     """A stage before RL: its weights and its log, if it lacks one of them."""
     folder = args.home / name
     if (folder / "model.safetensors").exists() and read_log(args, name):
+        use_eager_attention(folder)
         return
     paths = {"model": model, "dataset": args.home / "data" / data}
     flags = STAGE | {"dtype": DTYPE} | flags
     theory.require(train(script, flags | paths, folder), f"{name} failed; see above", 1)
     write_log(args, name, reproduce.origin() | {"flags": flags} | read_curve(folder))
     tidy(folder, keep=True)
+    use_eager_attention(folder)
+
+
+def use_eager_attention(folder):
+    """Whoever loads this model gets it: on a CPU in bfloat16 the default is slow backwards, 2.2 s for 1.3."""
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"attn_implementation": "eager"}, indent=2))
 
 
 def run_job(run, args):
@@ -343,8 +361,11 @@ def run_all(args):
     jobs = [] if read_log(args, "sft") else [(measure_job, "sft", args)]
     jobs += [(run_job, run, args) for run in runs if run["part"] == "tuning"]
     at_once(jobs, args)
-    jobs = [(run_job, run, args) for run in plan(args)[0] if run["part"] != "tuning"]
-    at_once([*jobs, *([(hh_job, args)] if args.hh else [])], args)
+    runs = plan(args)[0]
+    jobs = [(run_job, run, args) for run in runs if run["part"] == "main"]
+    jobs += [(hh_job, args)] if args.hh else []
+    jobs += [(run_job, run, args) for run in runs if run["part"] == "shifted"]
+    at_once(jobs, args)
 
 
 # ---------------------------------------------------------------------------------------------- measurement
@@ -537,12 +558,11 @@ def win_rates(main, sft):
 
 
 def tuning_table(runs, logs):
-    """The last evaluation of every tuning run."""
+    """Means over the second half of every tuning run."""
     table = []
     for run in [run for run in runs if run["part"] == "tuning" and logs[run["name"]]]:
-        last = logs[run["name"]]["evaluations"][-1]
-        row = {"method": run["method"], "rate": f"{run['rate']:g}", "objective": last["eval_objective"]}
-        table.append(row | {"reward": last["eval_reward"], "kl": last["eval_kl_exact"]})
+        row = {"method": run["method"], "rate": f"{run['rate']:g}"}
+        table.append(row | {x: late_mean(logs[run["name"]], x) for x in ("objective", "reward", "kl")})
     for row in table:
         best = max(x["objective"] for x in table if x["method"] == row["method"])
         row["best"] = "yes" if row["objective"] == best else ""
@@ -618,7 +638,7 @@ def write_report(args):
         "Methods, means (seeds)": ("methods", methods_table(main, sft)),
         "P3O minus the others": ("differences", differences(main)),
         "Win rates": ("wins", win_rates(main, sft) if sft else []),
-        "Tuning, seed 0, on the validation prompts": ("tuning", tuning_table(runs, logs)),
+        "Tuning, seed 0, second half of the steps": ("tuning", tuning_table(runs, logs)),
         "Is the reward's variance between prompts?": ("variance", split),
         "Offsets in the reward": ("shifted", shifted_table(points, args.size)),
         "Cost": ("cost", cost_table(main)),
@@ -652,13 +672,14 @@ EXPLAINED = """
 {model} on {reviews}: prompts are the first {words} words of a review; autocast to {dtype}; beta {beta}; a
 missing EOS costs 1 in the reward, nothing in the judge's score. Reward model and judge learnt from
 different reviews. Gains: over the SFT model on the same test prompts; objective: gain less beta KL; KL in
-nats per response. Seeds are of the last stage only: their values, no interval over trainings. In square
-brackets: 95%, bootstrap over prompts. PPO's critic learns at {critic:.2f} times the policy's rate, as in
-ppo.py's defaults. Offsets are multiples of the spread of the reward among the responses to a prompt,
-{spread}: the square root of its variance within prompts in the SFT model's answers, to two digits. between:
-variance of the prompts' means (raw) less chance, within / responses; share: of between + within. hh:
-answers of the plain model of at most {hh} tokens, scored without a penalty. {optimum} {count} RL runs,
-{minutes:.0f} minutes of training; {hardware}. Commit {commits}."""
+nats per response. Seeds are of the last stage only: their values, no interval over trainings; solid and
+dashed in the picture. In square brackets: 95%, bootstrap over prompts. PPO's critic learns at {critic:.2f}
+times the policy's rate, as in ppo.py's defaults. Offsets are multiples of the spread of the reward among
+the responses to a prompt, {spread}: the square root of its variance within prompts in the SFT model's
+answers, to two digits. between: variance of the prompts' means (raw) less chance, within / responses;
+share: of between + within. hh: answers of the plain model of at most {hh} tokens, scored without a penalty.
+{optimum} {count} RL runs, {minutes:.0f} minutes of training (median steps; the machine was not always its
+own); {hardware}. Commit {commits}."""
 OPTIMUM = """
 The optimum is estimated from {samples} SFT answers a prompt, up to KL {kl:.2f}, where the effective sample
 size is {ess:.0f}, {worst:.1f} at the worst prompt; its bias is of the order of 1 / that size, so that a
@@ -673,10 +694,16 @@ def explain(args, used, sft, optimum, curves):
         found = OPTIMUM.format(samples=len(sft["reward"][0]), **numbers)
     numbers = {"words": FIRST_WORDS, "dtype": DTYPE, "beta": BETA, "critic": CRITIC, "hh": HH_RESPONSE}
     numbers |= {x: about.get(x, "not known") for x in ("model", "reviews")} | {"spread": spread_of(sft)}
-    numbers |= {"optimum": found, "count": len(used), "minutes": sum(log["minutes"] for log in used)}
+    numbers |= {"optimum": found, "count": len(used), "minutes": sum(map(typical_minutes, used))}
     numbers |= {"hardware": "; ".join(sorted({log["hardware"] for log in used}))}
     numbers |= {"commits": ", ".join(sorted({(log["git_commit"] or "unknown")[:7] for log in used}))}
     return " ".join(EXPLAINED.format(**numbers).split())
+
+
+def typical_minutes(log):
+    """Of a run, had all its steps taken as long as the median one: pauses do not count."""
+    seconds = [log["steps"][x] for x in STEPWISE[-3:]]
+    return sum(statistics.median(values) * len(values) for values in seconds) / 60
 
 
 def draw(points, optimum, sft):
@@ -696,7 +723,8 @@ def draw(points, optimum, sft):
         look = {"color": "black", "lw": 2.2, "label": "optimum for the reward model"}
         axis.plot([x for x, _ in path], [y for _, y in path], **look)
     for (method, seed), curve in evaluated.items():
-        look = {"color": reproduce.color(method), "marker": ".", "label": f"{method}, seed {seed}"}
+        look = {"color": reproduce.color(method), "marker": "."}
+        look |= {"label": method} if seed == main[0]["seed"] else {}
         axes[0].plot(*zip(*curve), ls=styles[seed], lw=1.3, **look)
     for axis, gain in zip(axes[1:], ("gain", "judge's gain")):
         for method in dict.fromkeys(x["method"] for x in main):

@@ -80,12 +80,12 @@ def write(args, name, reward, kl, extra):
     log = {"git_commit": "0123456789", "hardware": "a machine", "minutes": 3.0, "reward": [reward] * P}
     log |= {"judge": [[x / 2 for x in reward]] * P, "kl": [kl] * P, "length": [9.0] * P, "ended": [1.0] * P}
     log["samples"] = [{"prompt": "Review: a|b", "response": f" by {name}", "reward": reward[0]}]
-    log["steps"] = {x: [1.0, 3.0] for x in real.STEPWISE}
+    log["steps"] = {x: [1.0, 3.0] for x in real.STEPWISE} | {"objective": [9.0, extra.pop("objective", 1.0)]}
     curve = [
         ("step", 0, 9),
         ("eval_reward", 0.5, 0.6),
         ("eval_kl_exact", 0.0, kl),
-        ("eval_objective", 0.5, extra.pop("objective", 1.0)),
+        ("eval_objective", 0.5, 1.0),
     ]
     log["evaluations"] = [{x: values[i] for x, *values in curve} for i in (0, 1)]
     real.write_log(args, name, log | extra)
