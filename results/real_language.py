@@ -81,7 +81,7 @@ class Size:
     measured: int = 64  # P, of the test prompts
     responses: int = 8  # S
     sft_responses: int = 160  # they draw the optimum, too
-    hh_pairs: int = 800
+    hh_pairs: int = 400
     hh_validation: int = 100
     hh_prompts: int = 48
 
