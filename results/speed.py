@@ -38,7 +38,7 @@ MODELS = {
     "gpt2-124M": {"n_layer": 12, "n_embd": 768, "n_head": 12, "vocab_size": 50257},
 }
 BATCH = {"gpt2-124M": 8}  # prompts of a step, else 64; 2 responses to each
-FEW = 3  # steps of the large model
+FEW = 3  # steps of the large model, and as the work grows
 PEERS = {"p3o": "trl's rloo", "ppo": "trl's ppo"}
 
 
@@ -230,7 +230,7 @@ def growth(args, folder):
                 "prompt_length": 32,
                 "response_length": size["response_length"],
             }
-            flags |= {x: size[x] for x in ("prompts_per_step", "num_responses")}
+            flags |= {x: size[x] for x in ("prompts_per_step", "num_responses")} | {"steps": FEW}
             flags |= {"minibatch_size": size["prompts_per_step"] // 2, "micro_batch_size": 8}
             command = make_command("p3o", args)
             results = [run(command, args.threads[0], flags) for _ in range(args.repeats)]
@@ -281,7 +281,7 @@ def main(args):
     for name in ["growth"] if args.growth else args.models:
         with tempfile.TemporaryDirectory() as folder:
             if args.growth:
-                write_table(name, growth(args, Path(folder)), f"{STEPS} steps each", args)
+                write_table(name, growth(args, Path(folder)), f"{FEW} steps each", args)
             else:
                 rows, steps = compare(name, args, Path(folder)), FEW if name in BATCH else STEPS
                 write_table(f"speed_{name.replace(', ', '_')}", rows, f"{steps} steps each", args)
