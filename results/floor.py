@@ -54,11 +54,8 @@ def load_ppo(tokenizer, args):
     sizes = {name: getattr(args, name) for name in names}
     args = replace(ppo.Args(), **ppo.PRESETS["ppo"] | sizes)
     critic = ppo.load_critic(tokenizer, args)
-    return (
-        args,
-        critic,
-        torch.optim.Adam(critic.parameters(), lr=1e-7, betas=(0.9, 0.95), eps=1e-5, fused=True),
-    )
+    optimizer = torch.optim.Adam(critic.parameters(), lr=1e-7, betas=(0.9, 0.95), eps=1e-5, fused=True)
+    return args, critic, optimizer
 
 
 def passes(policy, tokens, size, lengths=None):

@@ -6,8 +6,8 @@
 SmolLM2-135M-Instruct continues the first words of a review. The reward model learnt from pairs of reviews
 that people had called positive and negative; a judge, a second one from other reviews and another seed, says
 whether what was gained is more than the reward model's own taste. Every training is a stage script run from
-the command line; its data came through data.py. Some two and a half hours on two cores with bfloat16 matrix
-units, half an hour of it for the runs with offsets; longer with float32 (DTYPE); a process takes up to 6 GB.
+the command line; its data came through data.py. Some two and a half hours (an estimate) on two cores with
+bfloat16 matrix units, half an hour of it for offsets; longer with float32 (DTYPE); a process takes up to 6 GB.
 
 Trained under out/real (--home), continued if interrupted. Kept in results/real_language: logs/NAME.json, one
 a finished run, which is never repeated; and, from the logs alone, report.md, curves.png and *.csv. --hh:
@@ -249,7 +249,7 @@ def spread_of(sft):
 def call(script, flags):
     """Runs a script in one thread and shows its last line; whether it succeeded.
 
-    glibc keeps freed memory: to fetch the large tensors of every step anew costs a tenth of the time.
+    glibc keeps freed memory: to fetch the large tensors of every step anew takes long.
     """
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -289,7 +289,7 @@ def stage(name, script, flags, model, data, args):
 
 
 def use_eager_attention(folder):
-    """Whoever loads this model gets it: on a CPU in bfloat16 the default is slow backwards, 2.2 s for 1.3."""
+    """Whoever loads this model gets it: on a CPU in bfloat16 the default is slow backwards."""
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"attn_implementation": "eager"}, indent=2))
 
