@@ -7,7 +7,7 @@ SmolLM2-135M-Instruct continues the first words of a review. The reward model le
 that people had called positive and negative; a judge, a second one from other reviews and another seed, says
 whether what was gained is more than the reward model's own taste. Every training is a stage script run from
 the command line; its data came through data.py. Some two and a half hours (an estimate) on two cores with
-bfloat16 matrix units, half an hour of it for offsets; longer with float32 (DTYPE); a process takes up to 6 GB.
+bfloat16 matrix units, half an hour for offsets; longer with float32 (DTYPE); a process takes 6 GB at most.
 
 Trained under out/real (--home), continued if interrupted. Kept in results/real_language: logs/NAME.json, one
 a finished run, which is never repeated; and, from the logs alone, report.md, curves.png and *.csv. --hh:
