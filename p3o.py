@@ -256,7 +256,6 @@ def load_model(auto_class, name, tokenizer, args, may_miss=(), **options):
 def load_reward(tokenizer, args):
     """r(x, y), a function from a batch to scores (N,). To replace where the reward is your own: README.md."""
     model = load_model(AutoModelForSequenceClassification, args.reward_model, tokenizer, args, num_labels=1)
-    model.requires_grad_(False)
     same = load_tokenizer(args.reward_model).get_vocab() == tokenizer.get_vocab()
     require(same, f"{args.reward_model!r} has another tokenizer; see 'Your own reward' in README.md")
     return lambda batch: read_score(model, *(batch[name] for name in TOKENS))
@@ -318,11 +317,12 @@ def score_batch(batch, models, size, args):
 
 def batch_metrics(batch, num_responses, beta):
     """Means of a scored batch: reward, objective (reward - beta kl), kl and kl_exact (nats) per response;
-    entropy (nats) and perplexity under the reference per token; response_length (tokens); eos_rate;
-    frac_identical_pairs, of the pairs of responses to a prompt."""
+    reward_std and kl_std among responses; entropy (nats) and perplexity under the reference per token;
+    response_length (tokens); eos_rate; frac_identical_pairs, of the pairs of responses to a prompt."""
     mask, tokens = batch["response_mask"], batch["response_mask"].sum()
-    reward, kl = batch["score"].mean(), (batch["logp_old_tok"] - batch["logp_ref_tok"]).sum(1).mean()
-    metrics = {"reward": reward, "objective": reward - beta * kl, "kl": kl}
+    reward, kl = batch["score"], (batch["logp_old_tok"] - batch["logp_ref_tok"]).sum(1)  # (N,) each
+    metrics = {"reward": reward.mean(), "objective": reward.mean() - beta * kl.mean(), "kl": kl.mean()}
+    metrics |= {"reward_std": reward.std(correction=0), "kl_std": kl.std(correction=0)}
     metrics["kl_exact"] = batch["kl_tok"].sum(1).mean()
     metrics["entropy"] = batch["entropy_tok"].sum() / tokens
     metrics["perplexity"] = (-batch["logp_ref_tok"].sum() / tokens).exp()

@@ -306,7 +306,7 @@ FILES = {"args.json", "checkpoint.pt", "config.json", "metrics.jsonl", "model.sa
 PAIR_METRICS = {"accuracy", "margin", "implicit_reward_chosen", "implicit_reward_rejected", "logp_chosen"}
 PAIR_METRICS |= {"logp_rejected", "loss", "grad_norm", "seconds_score", "seconds_update", "tokens_per_second"}
 ROLLOUT_METRICS = {"reward", "objective", "kl", "kl_exact", "entropy", "perplexity", "response_length"}
-ROLLOUT_METRICS |= {"eos_rate"}
+ROLLOUT_METRICS |= {"eos_rate", "reward_std", "kl_std"}
 COSTS = {"seconds_rollout", "seconds_score", "seconds_update", "tokens_per_second", "peak_memory_gb"}
 
 

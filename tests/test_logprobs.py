@@ -5,6 +5,7 @@ oracles run each row alone, without padding, in float64.
 """
 
 import math
+import statistics
 
 import pytest
 import torch
@@ -404,6 +405,7 @@ def test_metrics_of_a_batch_by_hand():
     found = p3o.batch_metrics(batch, 3, beta=0.5)
     kl = [sum(o - r for o, r in zip(old[:n], ref[:n])) for n in lengths]
     expected = {"reward": 4.0, "kl": sum(kl) / 6, "objective": 4.0 - 0.5 * sum(kl) / 6}
+    expected |= {"reward_std": statistics.pstdev(score), "kl_std": statistics.pstdev(kl)}
     expected["kl_exact"] = sum(sum(table["kl_tok"][:n]) for n in lengths) / 6
     expected["entropy"] = sum(sum(table["entropy_tok"][:n]) for n in lengths) / 13
     expected["perplexity"] = math.exp(-sum(sum(ref[:n]) for n in lengths) / 13)

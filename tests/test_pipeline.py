@@ -11,10 +11,11 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import p3o
 import sft
 
-METRICS = """reward objective kl kl_exact entropy perplexity response_length eos_rate loss clip_fraction log_ratio_max
-    log_ratio_first grad_norm frac_identical_pairs tokens_per_second seconds_rollout seconds_score seconds_update
-    peak_memory_gb""".split()
-EVALUATED = "reward objective kl kl_exact entropy perplexity response_length eos_rate".split()
+EVALUATED = """reward reward_std objective kl kl_std kl_exact entropy perplexity response_length
+    eos_rate""".split()
+METRICS = """loss clip_fraction log_ratio_max log_ratio_first grad_norm frac_identical_pairs tokens_per_second
+    seconds_rollout seconds_score seconds_update peak_memory_gb""".split()
+METRICS += EVALUATED
 
 
 # -------------------------------------------------------------------------------------------- what they read

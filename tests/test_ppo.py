@@ -595,11 +595,10 @@ def plain_run(world, tmp_path_factory):
 
 
 COMMON = (
-    "reward objective kl entropy perplexity response_length eos_rate clip_fraction log_ratio_max grad_norm"
+    "reward reward_std objective kl kl_std entropy perplexity response_length eos_rate clip_fraction loss"
 )
-COMMON += (
-    " frac_identical_pairs tokens_per_second seconds_rollout seconds_score seconds_update peak_memory_gb loss"
-)
+COMMON += " log_ratio_max grad_norm frac_identical_pairs tokens_per_second"
+COMMON += " seconds_rollout seconds_score seconds_update peak_memory_gb"
 COMMON += " value_loss explained_variance advantage_mean advantage_std approx_kl beta"
 COMMON += " log_ratio_first critic_grad_norm"
 TIMELESS = [x for x in COMMON.split() if not x.startswith(("seconds", "tokens", "peak"))]
