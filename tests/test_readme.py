@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
+from transformers import AutoTokenizer
 
 README = (ROOT / "README.md").read_text()
 EXAMPLES = (ROOT / "examples" / "README.md").read_text()
@@ -94,6 +95,20 @@ def test_the_example_of_copying_runs():
     values["logp_new"] = logp_old.clone().requires_grad_()
     exec(code, values)
     assert values["logp_new"].grad.abs().sum() > 0
+
+
+def test_talking_to_the_trained_policy(chain, tmp_path):
+    """The section's code as a user would run it. To be quick it is the SFT model, which P3O starts from."""
+    code = README.split("as it did in training:")[1].split("```python\n")[1].split("```")[0]
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/p3o").symlink_to(chain / "out/sft")
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (said,) = done.stdout.splitlines()
+    tokenizer = AutoTokenizer.from_pretrained(chain / "out/sft")
+    ids = tokenizer(said, add_special_tokens=False)["input_ids"]
+    assert 0 < len(ids) <= 24 and not set(ids) & set(tokenizer.all_special_ids), f"not words alone: {said}"
+    assert "write about" not in said, "the answer without its prompt"
 
 
 def test_your_own_reward(chain, tmp_path):
