@@ -50,7 +50,7 @@ BETA, DTYPE = 1.0, "bfloat16"  # with this beta the optimum is within what sft_r
 CRITIC = ppo.Args().critic_learning_rate / ppo.Args().learning_rate  # PPO's rates keep this ratio
 FIRST_WORDS, PROMPT, RESPONSE, LONGER = 4, 12, 16, 32  # words, and tokens; completions with EOS
 PAIR = PROMPT + LONGER  # tokens of a whole review, at most
-HH_PROMPT, HH_PAIR, HH_RESPONSE = 128, 64, 48  # tokens
+HH_PROMPT, HH_PAIR, HH_RESPONSE = 192, 96, 48  # tokens
 TRUSTED_ESS = 10  # of the samples to a prompt: the optimum is drawn as far as that
 STAGE = {
     "learning_rate": 2e-5,
@@ -75,15 +75,15 @@ class Size:
     steps: int = 60
     tuning_steps: int = 20
     rates: tuple = (1e-5, 3e-5, 1e-4)
-    seeds: tuple = (1, 2)
+    seeds: tuple = (1, 2, 3)
     shifts: tuple = (4, 1)  # times the spread of the reward among the responses to a prompt
     prompts_per_step: int = 16
     measured: int = 64  # P, of the test prompts
     responses: int = 8  # S
     sft_responses: int = 160  # they draw the optimum, too
-    hh_pairs: int = 400
-    hh_validation: int = 100
-    hh_prompts: int = 48
+    hh_pairs: int = 10**6  # at most; of prompts and pairs within the lengths
+    hh_validation: int = 200
+    hh_prompts: int = 96
 
 
 QUICK = Size(24, 8, 8, 8, 12, 4, 2, 1, (1e-5,), (1,), (1,), 4, 4, 2, 16, 16, 8, 4)
@@ -672,8 +672,8 @@ EXPLAINED = """
 {model} on {reviews}: prompts are the first {words} words of a review; autocast to {dtype}; beta {beta}; a
 missing EOS costs 1 in the reward, nothing in the judge's score. Reward model and judge learnt from
 different reviews. Gains: over the SFT model on the same test prompts; objective: gain less beta KL; KL in
-nats per response. Seeds are of the last stage only: their values, no interval over trainings; solid and
-dashed in the picture. In square brackets: 95%, bootstrap over prompts. PPO's critic learns at {critic:.2f}
+nats per response. Seeds are of the last stage only: their values, no interval over trainings; solid,
+dashed and dotted in the picture. In square brackets: 95%, bootstrap over prompts. PPO's critic learns at {critic:.2f}
 times the policy's rate, as in ppo.py's defaults. Offsets are multiples of the spread of the reward among
 the responses to a prompt, {spread}: the square root of its variance within prompts in the SFT model's
 answers, to two digits. between: variance of the prompts' means (raw) less chance, within / responses;
