@@ -165,6 +165,7 @@ def load_model(auto_class, name, tokenizer, args, may_miss=(), **options):
 def load_reward(tokenizer, args):
     """r(x, y), a function from a batch to scores (N,). To replace where the reward is your own: README.md."""
     model = load_model(AutoModelForSequenceClassification, args.reward_model, tokenizer, args, num_labels=1)
+    model.requires_grad_(False)
     same = load_tokenizer(args.reward_model).get_vocab() == tokenizer.get_vocab()
     require(same, f"{args.reward_model!r} has another tokenizer; see 'Your own reward' in README.md")
     return lambda batch: read_score(model, *(batch[name] for name in TOKENS))

@@ -366,6 +366,7 @@ def load_model(auto_class, name, tokenizer, args, may_miss=(), **options):
 def load_reward(tokenizer, args):
     """r(x, y), a function from a batch to scores (N,). To replace where the reward is your own: README.md."""
     model = load_model(AutoModelForSequenceClassification, args.reward_model, tokenizer, args, num_labels=1)
+    model.requires_grad_(False)
     same = load_tokenizer(args.reward_model).get_vocab() == tokenizer.get_vocab()
     require(same, f"{args.reward_model!r} has another tokenizer; see 'Your own reward' in README.md")
     return lambda batch: read_score(model, *(batch[name] for name in TOKENS))
@@ -446,8 +447,7 @@ def batch_metrics(batch, num_responses, beta):
     metrics["kl_exact"] = batch["kl_tok"].sum(1).mean()
     metrics["entropy"] = batch["entropy_tok"].sum() / tokens
     metrics["perplexity"] = (-batch["logp_ref_tok"].sum() / tokens).exp()
-    metrics["response_length"] = tokens / len(mask)
-    metrics["eos_rate"] = batch["ended"].float().mean()
+    metrics |= {"response_length": tokens / len(mask), "eos_rate": batch["ended"].float().mean()}
     if num_responses > 1:
         ids = batch["response_ids"].masked_fill(~mask, -1).unflatten(0, (-1, num_responses))  # (B, K, R)
         i, j = torch.triu_indices(num_responses, num_responses, offset=1)

@@ -588,7 +588,7 @@ def untrained_table(sft):
         row |= mean_of("judge's gain", values["gold_reward"] - judge.mean(1))
         table.append(row | {"ess": statistics.fmean(x["ess"] for x in rows) if "ess" in rows[0] else None})
     table[0] |= {x: tensor(sft, x).mean().item() for x in ("length", "ended")}
-    return [{"length": None, "ended": None} | row for row in table]
+    return [row | {x: row.get(x) for x in ("length", "ended")} for row in table]
 
 
 def differences(points, optimum):

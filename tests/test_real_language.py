@@ -273,3 +273,19 @@ def test_the_committed_report_is_what_the_committed_logs_say(tmp_path):
     for path in (ROOT / "results/real_language").glob("*.*"):
         kept = path.suffix == ".png" or path.name == "first_setting.md"
         assert kept or (tmp_path / path.name).read_text() == path.read_text(), path.name
+
+
+def test_offsets_changed_nothing_that_p3o_logged():
+    """The committed runs on real text, in bfloat16: P3O with offsets and without, and PPO, whose did change."""
+    logs = {
+        path.stem: json.loads(path.read_text()) for path in (ROOT / "results/real_language/logs").iterdir()
+    }
+    shifted = {name: log for name, log in logs.items() if "_shift" in name}
+    assert shifted
+    for name, log in shifted.items():
+        plain = logs[re.sub("_shift[0-9.]+", "", name)]
+        assert log["flags"].pop("reward_shift") > 2 and log["flags"] == plain["flags"]
+        steps = [x for x in log["steps"] if not x.startswith(("seconds", "tokens"))]
+        same = [log["steps"][x] == plain["steps"][x] for x in steps]
+        same += [log[x] == plain[x] for x in ("evaluations", "reward", "kl", "length")]
+        assert len(same) == 8 and set(same) == {name.startswith("p3o")}, name
