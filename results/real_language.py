@@ -189,7 +189,7 @@ def read_reviews(name):
 
 
 def write_data(name, splits, args):
-    """Writes rows as JSON lines, and what data.py makes of them to HOME/data/NAME."""
+    """Writes rows as JSON lines, and what data.py makes of them to FOLDER/data/NAME."""
     folder = args.folder / "rows" / name
     folder.mkdir(parents=True, exist_ok=True)
     for split, rows in splits.items():
@@ -250,11 +250,11 @@ def best_rate(method, runs, args):
 
 
 def late_mean(log, name):
-    """Mean over the second half of the steps, in which no prompt comes that was in the first."""
     return statistics.fmean(late(log, name))
 
 
 def late(log, name):
+    """Values of the second half of the steps, in which no prompt of the first half comes again."""
     values = log["steps"][name]
     return values[len(values) // 2 :]
 
@@ -264,16 +264,15 @@ def spread_of(sft):
     return float(f"{math.sqrt(variance_split(tensor(sft, 'reward'))['within']):.2g}") if sft else None
 
 
-def begin(args):
-    """Notes what the folder is for. One of another setting, or not ours, is refused: it would be mixed up."""
+def setting_of(args):
+    """What the folder is for. One of another setting, or not ours, is refused: it would be mixed up."""
     named = {x: getattr(args, x) for x in ("model", "reviews")}  # of the hub, or a path, of which the end
     named = {x: Path(name).name if Path(name).is_absolute() else name for x, name in named.items()}
     setting = json.loads(json.dumps(named | {"size": asdict(args.size)}))
     ours = read_log(args, "setting") == setting or not args.folder.exists() or not any(args.folder.iterdir())
     wrong = f"{args.folder} was not begun with this model, these reviews and these sizes"
     theory.require(ours, f"{wrong}; give another --folder")
-    write_log(args, "setting", setting)
-    return named
+    return setting
 
 
 def call(script, flags):
@@ -314,9 +313,9 @@ def stage(name, script, flags, model, data, args):
     paths = {"model": model, "dataset": args.folder / "data" / data}
     flags = STAGE | {"dtype": DTYPE} | flags
     theory.require(train(script, flags | paths, folder), f"{name} failed; see above", 1)
+    use_eager_attention(folder)
     write_log(args, name, reproduce.origin() | {"flags": flags} | read_curve(folder))
     tidy(folder, keep=True)
-    use_eager_attention(folder)
 
 
 def use_eager_attention(folder):
@@ -367,15 +366,16 @@ def at_once(jobs, args):
 
 def run_all(args):
     """Everything that has no log, in the order that best rates and spread need."""
-    named, tokenizer = begin(args), evaluate.load_tokenizer(args.model)
+    setting, tokenizer = setting_of(args), evaluate.load_tokenizer(args.model)
     wants_hh = args.hh and not read_log(args, "hh")
     hh = make_hh_splits(args.hh, tokenizer, args.size) if wants_hh else None  # before hours of training
     if not read_log(args, "splits"):
         splits = make_splits(read_reviews(args.reviews), tokenizer, args.size)
+        write_log(args, "setting", setting)
         for name, parts in splits.items():
             write_data(name, parts, args)
         rows = {name: {split: len(part) for split, part in parts.items()} for name, parts in splits.items()}
-        write_log(args, "splits", named | {"rows": rows})
+        write_log(args, "splits", pick(setting, "model", "reviews") | {"rows": rows})
     stage("sft_model", "sft.py", {"epochs": 1, "response_length": RESPONSE}, args.model, "sft", args)
     scorers, sft = {"reward_model": ("pairs", 0), "judge": ("judge_pairs", 1)}, args.folder / "sft_model"
     jobs = []

@@ -218,8 +218,9 @@ def test_all_of_it_with_a_tiny_model(tmp_path, monkeypatch):
 def test_a_folder_belongs_to_one_setting(tmp_path, capsys):
     """Whoever asks for another model, other data or sizes gets neither a mixture nor the loss of what is there."""
     words = ["--folder", str(tmp_path / "a"), "--model", "one", "--reviews", "some"]
-    real.begin(real.parse_args(words))
-    real.begin(real.parse_args(words))
+    args = real.parse_args(words)
+    real.write_log(args, "setting", real.setting_of(args))
+    real.setting_of(args)
     (tmp_path / "b").mkdir()
     (tmp_path / "b/theirs.txt").write_text("theirs")
     others = (["--quick"], ["--model", "two"], ["--reviews", "more"], ["--folder", str(tmp_path / "b")])
@@ -248,6 +249,7 @@ def test_wrong_data_end_it_before_the_first_training(wrong, tmp_path, monkeypatc
     message = capsys.readouterr().err
     assert stopped.value.code == 2 and message.count("\n") == 1, message
     assert ("0 nor 1" if wrong == "label" else "cannot read") in message
+    assert not (tmp_path / "kept").exists(), "the mended command would be refused"
 
 
 NUMBER = r"(?<![\w.])-?\d+\.\d+(?![\w.])"
