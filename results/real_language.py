@@ -348,8 +348,8 @@ def measure_job(name, args):
 def hh_job(splits, args):
     """The reward model of other people's pairs, and the plain model's answers to their prompts."""
     write_data("hh", splits, args)
-    limits = {"prompt_length": HH_PROMPT, "response_length": HH_PAIR}
-    stage("hh_reward_model", "reward_model.py", limits, args.model, "hh", args)
+    flags = {"prompt_length": HH_PROMPT, "response_length": HH_PAIR, "micro_batch_size": 4}  # 16: 18 GB
+    stage("hh_reward_model", "reward_model.py", flags, args.model, "hh", args)
     measure_job("hh", args)
 
 
