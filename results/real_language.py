@@ -48,7 +48,7 @@ import frontier as theory
 import ppo
 
 METHODS = {"p3o-v2": {}, "ppo": {}, "online-dpo": {"labels": "sampled"}}  # and the flags of reproduce.METHODS
-COMPARED = "ppo", "p3o-v2"  # with offsets
+COMPARED = "ppo", "p3o-v2"  # with offsets, and in longer runs
 STRETCH = 3  # times the steps, at that part of the rate, in a longer run
 BEST_OF = 2, 4  # answers of the SFT model: what no training at all would gain
 WINDOW = 20  # steps averaged for a point of the training curves
@@ -233,8 +233,8 @@ def plan(args):
         shift = float(f"{times * spread:.2g}")
         for m in [m for m in COMPARED if m in known]:
             runs.append(make_run("shifted", m, known[m], size.seeds[0], size.steps, args, times, shift))
-    for m, rate in known.items():
-        rate = float(f"{rate / STRETCH:.2g}")
+    for m in [m for m in COMPARED if m in known]:
+        rate = float(f"{known[m] / STRETCH:.2g}")
         runs.append(make_run("longer", m, rate, size.seeds[0], STRETCH * size.steps, args))
     return runs, unknown
 
