@@ -839,7 +839,7 @@ def draw(points, optimum, sft):
         ends["gain"] += [x["kl"] for x in best]
     titles = "reward of training samples", "gain, reward model, test prompts", "gain, judge, test prompts"
     for axis, of, title in zip(axes, ("reward", "gain", "judge's gain"), titles):
-        right = 1.2 * max(ends["reward" if of == "reward" else "gain"])
+        right = 1.2 * max(0.01, *ends["reward" if of == "reward" else "gain"])
         name, base = "gold_reward" if of == "judge's gain" else "reward", 0.0
         if of != "reward":
             base = tensor(sft, "judge" if of == "judge's gain" else "reward").mean().item()
