@@ -92,6 +92,7 @@ def main(args):
             reached = f"reward {metrics['reward']:.3f}, KL {metrics['kl']:.2f} nats/response"
             print(f"step {step}: {reached}", flush=True)
     dist.barrier()
+    del parallel  # or it would end gloo's threads while it holds the lock that they may wait for
     dist.destroy_process_group()
 
 

@@ -89,7 +89,7 @@ def test_the_metrics_table(chain):
 
 
 def test_the_example_of_copying_runs():
-    code = README.split("## Copying a function")[1].split("```python\n")[1].split("```")[0]
+    code = README.split("nothing but torch and math:")[1].split("```python\n")[1].split("```")[0]
     score, logp_old, logp_ref = torch.randn(3, 4, 2)
     values = {"score": score, "logp_old": logp_old, "logp_ref": logp_ref}
     values["logp_new"] = logp_old.clone().requires_grad_()

@@ -1,5 +1,6 @@
 """results/real_language.py: its splits, its arithmetic, its report from made-up logs, and a quick run of all of it."""
 
+import csv
 import json
 import math
 import random
@@ -80,7 +81,8 @@ def write(args, name, reward, kl, extra):
     log = {"git_commit": "0123456789", "hardware": "a machine", "minutes": 3.0, "reward": [reward] * P}
     log |= {"judge": [[x / 2 for x in reward]] * P, "kl": [kl] * P, "length": [9.0] * P, "ended": [1.0] * P}
     log["samples"] = [{"prompt": "Review: a|b", "response": f" by {name}", "reward": reward[0]}]
-    log["steps"] = {x: [1.0, 3.0] for x in real.STEPWISE} | {"objective": [9.0, extra.pop("objective", 1.0)]}
+    log["steps"] = {x: [1.0, 3.0, 1.0, 3.0] for x in real.STEPWISE}
+    log["steps"]["objective"] = [9.0, 9.0, extra.pop("objective", 1.0), extra.pop("objective2", 1.0)]
     curve = [
         ("step", 0, 9),
         ("eval_reward", 0.5, 0.6),
@@ -104,7 +106,7 @@ def test_the_report_of_logs_with_a_known_optimum(tmp_path, capsys):
             run["name"],
             COIN[:8],
             0.2,
-            {"flags": run["flags"], "objective": 2.0 if run["rate"] == best[run["method"]] else 1.0},
+            {"flags": run["flags"], "objective": 3.0 if run["rate"] == best[run["method"]] else 1.0},
         )
     runs, unknown = real.plan(args)
     assert not unknown and {x["method"]: x["rate"] for x in runs if x["part"] == "main"} == best
@@ -115,22 +117,36 @@ def test_the_report_of_logs_with_a_known_optimum(tmp_path, capsys):
         write(args, run["name"], [0.5 + share * gain] * 8, kl, {"flags": run["flags"]})
     real.main(args)
     sft = real.read_log(args, "sft")
-    optimum, curves = real.draw_optimum(real.tensor(sft, "reward"), real.tensor(sft, "judge"))
+    rows, optimum = real.draw_optimum(real.tensor(sft, "reward"), real.tensor(sft, "judge"))
     (first,) = [x for x in runs if x["part"] == "main" and x["method"] == "p3o-v2" and x["seed"] == 1]
-    row = real.by_seed(first, real.read_log(args, first["name"]), sft, curves)
+    row = real.by_seed(first, real.read_log(args, first["name"]), sft, optimum)
     assert row["efficiency"] == pytest.approx(0.75, abs=0.005) and row["objective"] == pytest.approx(
         0.75 * gain - real.BETA * kl
     )
     assert row["judge's gain"] == pytest.approx(0.75 * gain / 2)
-    assert optimum[-1]["gold_reward"] == pytest.approx(optimum[-1]["reward"] / 2)
+    assert rows[-1]["gold_reward"] == pytest.approx(rows[-1]["reward"] / 2)
     report = (tmp_path / "report.md").read_text()
-    assert f"| ppo | 2 | {0.25 * gain:.3f} [" in report and f"| p3o-v2 | {high:g} | 1, 2 |" in report
+    assert (
+        f"| ppo | 60 | 3 | {0.25 * gain:.3f} [" in report
+        and f"| ppo | 180 | 1 | {0.25 * gain:.3f} [" in report
+    )
+    ends = [line.split(" | ")[-1] for line in report.splitlines() if line.startswith("| online-dpo | 60 |")]
+    assert ends == ["0.500 [0.500, 0.500] |"], "of the optimum's gain, three quarters less a quarter"
+    assert f"| p3o-v2 | {high:g} | 60 | 1, 2, 3 | {0.75 * gain:.3f} [" in report
+    assert f"| p3o-v2 | {high / 3:.2g} | 180 | 1 | {0.75 * gain:.3f} [" in report
+    two, N = 1 - math.comb(32, 2) / math.comb(64, 2) - 0.5, math.log(2) - 0.5  # best of two sides of the coin
+    assert f"| best of 2 (KL: at most) | {two:.3f} [{two:.3f}, {two:.3f}] | {N:.3f} [" in report
+    assert (
+        f"| optimum | {gain:.3f} [" in report
+        and f"| {gain - kl:.3f} [{gain - kl:.3f}, {gain - kl:.3f}] | {gain / 2:.3f} [" in report
+    )
+    assert f"| p3o-v2 | {high:g} | 2.000 +- 1.000 | 2.000 +- 1.000 | 2.000 +- 1.000 | yes |" in report
     # a constant answer between the coin's two sides beats one half of its answers; more reward beats less
     assert (
         "| reward model | p3o-v2 | sft | 0.500 [" in report and "| judge | p3o-v2 | ppo | 1.000 [" in report
     )
     assert "| ppo | 4 | 2.000 |" in report and "a\\|b |  by sft (0.00)" in report
-    assert "missing: splits, sft_model, reward_model, judge, hh (--hh)" in report
+    assert "missing: splits, sft_model, reward_model, judge\n" in report
     assert (tmp_path / "curves.png").stat().st_size > 10_000
     (tmp_path / "logs" / f"{first['name']}.json").unlink()
     real.main(args)
@@ -144,7 +160,7 @@ def test_all_of_it_with_a_tiny_model(tmp_path, monkeypatch):
     config = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     config |= {
         "vocab_size": len(tokenizer),
-        "max_position_embeddings": 256,
+        "max_position_embeddings": 512,
         "eos_token_id": 1,
         "pad_token_id": 1,
         "bos_token_id": 1,
@@ -178,29 +194,100 @@ def test_all_of_it_with_a_tiny_model(tmp_path, monkeypatch):
         "--hh",
         tmp_path / "hh.jsonl",
     ]
-    words += ["--home", tmp_path / "home", "--folder", tmp_path / "kept", "--processes", 1]
+    words += ["--folder", tmp_path / "kept", "--processes", 1]
     args = real.parse_args([str(word) for word in words])
     real.main(args)
     report = (tmp_path / "kept" / "report.md").read_text()
     assert "missing:" not in report and "| ppo | 1e-05 | 1 |" in report and "| hh | 4 | 2 |" in report
-    kept = [path for path in (tmp_path / "kept").rglob("*") if path.suffix in (".json", ".md", ".csv")]
-    assert len(kept) > 15 and not any(str(tmp_path) in path.read_text() for path in kept)
-    assert not list((tmp_path / "home").rglob("checkpoint.pt"))
-    weights = [path.parent.name for path in (tmp_path / "home").rglob("model.safetensors")]
+    kept = [*(tmp_path / "kept/logs").iterdir(), *(tmp_path / "kept").glob("*.*")]
+    kept = [path for path in kept if path.suffix in (".json", ".md", ".csv")]
+    assert len(kept) > 25 and not any(str(tmp_path) in path.read_text() for path in kept)
+    assert not list((tmp_path / "kept").rglob("checkpoint.pt"))
+    weights = [path.parent.name for path in (tmp_path / "kept").rglob("model.safetensors")]
     assert len(weights) == 7 and not any("shift" in name or "steps1" in name for name in weights)
     first, asked[:] = len(asked), []
     real.main(args)  # nothing is repeated
-    assert first == 24 and not asked
+    assert first == 28 and not asked
+    (tmp_path / "kept/logs" / "sft.json").unlink()
+    (tmp_path / "kept/judge/model.safetensors").unlink()
+    with pytest.raises(SystemExit):  # what remains was not measured with the judge that would be trained
+        real.main(args)
+    assert not asked
 
 
-def test_the_numbers_of_the_readme_stand_in_the_committed_report():
+def test_a_folder_belongs_to_one_setting(tmp_path, capsys):
+    """Whoever asks for another model, other data or sizes gets neither a mixture nor the loss of what is there."""
+    words = ["--folder", str(tmp_path / "a"), "--model", "one", "--reviews", "some"]
+    args = real.parse_args(words)
+    real.write_log(args, "setting", real.setting_of(args))
+    real.setting_of(args)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/theirs.txt").write_text("theirs")
+    others = (["--quick"], ["--model", "two"], ["--reviews", "more"], ["--folder", str(tmp_path / "b")])
+    for other in (*others, ["--folder", str(ROOT / "results/real_language")]):
+        with pytest.raises(SystemExit) as stopped:
+            real.main(real.parse_args(words + other))
+        assert stopped.value.code == 2 and "give another --folder" in capsys.readouterr().err, other
+    assert [path.name for path in (tmp_path / "b").iterdir()] == ["theirs.txt"]
+    assert [path.name for path in (tmp_path / "a").rglob("*.*")] == ["setting.json"]
+
+
+@pytest.mark.parametrize("wrong", ["reviews", "label", "hh", "absent"])
+def test_wrong_data_end_it_before_the_first_training(wrong, tmp_path, monkeypatch, capsys):
+    reviews = make_reviews(250, word_tokenizer(300))
+    reviews = [{"text": row["text"]} for row in reviews] if wrong == "reviews" else reviews
+    reviews += [{"text": "w1 w2 w3", "label": "1"}] if wrong == "label" else []
+    for name, rows in {"reviews": reviews, "hh": [{"chosen": "w1", "rejected": "w2"}]}.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(real, "call", lambda script, flags: script.startswith("data.py"))  # or it fails
+    monkeypatch.setattr(real.evaluate, "load_tokenizer", lambda name: word_tokenizer(300))
+    hh = {"hh": tmp_path / "hh.jsonl", "absent": tmp_path / "nowhere.jsonl"}.get(wrong)
+    words = ["--quick", "--reviews", tmp_path / "reviews.jsonl", "--folder", tmp_path / "kept"]
+    words += ["--hh", hh] if hh else []
+    with pytest.raises(SystemExit) as stopped:
+        real.main(real.parse_args([str(word) for word in words]))
+    message = capsys.readouterr().err
+    assert stopped.value.code == 2 and message.count("\n") == 1, message
+    assert ("0 nor 1" if wrong == "label" else "cannot read") in message
+    assert not (tmp_path / "kept").exists(), "the mended command would be refused"
+
+
+NUMBER = r"(?<![\w.])-?\d+\.\d+(?![\w.])"
+
+
+def test_the_numbers_of_the_readme_are_those_of_the_committed_tables():
     section = (ROOT / "README.md").read_text().split("## On a real language model")[1].split("\n## ")[0]
-    report, numbers = (ROOT / "results/real_language/report.md").read_text(), re.findall(r"\d+\.\d+", section)
-    assert len(numbers) > 10 and [x for x in numbers if x not in report] == []
+    text = " ".join(section.split())
+    known = (ROOT / "results/real_language/report.md").read_text()
+    known += (ROOT / "results/real_language/first_setting.md").read_text()
+    numbers = re.findall(NUMBER, section)
+    assert len(numbers) > 10 and not set(numbers) - set(re.findall(NUMBER, known))
+    table = list(csv.DictReader(open(ROOT / "results/real_language/methods.csv")))
+    names = {"p3o-v2": "P3O", "ppo": "PPO", "online-dpo": "online DPO"}
+    for row in [row for row in table if row["steps"] == "60"]:  # whose number is whose
+        told = f"| {names[row['method']]} | {row['gain']} | {row['kl']} | {row['objective']} [{row['objective_low']}, "
+        assert told in text, told
 
 
 def test_the_committed_report_is_what_the_committed_logs_say(tmp_path):
     (tmp_path / "logs").symlink_to(ROOT / "results/real_language/logs")
     real.main(real.parse_args(["--plots_only", "--folder", str(tmp_path)]))
     for path in (ROOT / "results/real_language").glob("*.*"):
-        assert path.suffix == ".png" or (tmp_path / path.name).read_text() == path.read_text(), path.name
+        kept = path.suffix == ".png" or path.name == "first_setting.md"
+        assert kept or (tmp_path / path.name).read_text() == path.read_text(), path.name
+
+
+def test_offsets_changed_nothing_that_p3o_logged():
+    """The committed runs on real text, in bfloat16: P3O with offsets and without, and PPO, whose did change."""
+    logs = {
+        path.stem: json.loads(path.read_text()) for path in (ROOT / "results/real_language/logs").iterdir()
+    }
+    shifted = {name: log for name, log in logs.items() if "_shift" in name}
+    assert shifted
+    for name, log in shifted.items():
+        plain = logs[re.sub("_shift[0-9.]+", "", name)]
+        assert log["flags"].pop("reward_shift") > 2 and log["flags"] == plain["flags"]
+        steps = [x for x in log["steps"] if not x.startswith(("seconds", "tokens"))]
+        same = [log["steps"][x] == plain["steps"][x] for x in steps]
+        same += [log[x] == plain[x] for x in ("evaluations", "reward", "kl", "length")]
+        assert len(same) == 8 and set(same) == {name.startswith("p3o")}, name
