@@ -847,6 +847,7 @@ def draw(points, optimum, sft):
         look = {"color": "black", "lw": 2.2, "label": "optimum for the reward model"}
         axis.plot([x for x, _ in path], [y for _, y in path], **look)
         reproduce.finish(axis, right, title)
+        axis.set_ylim(top=1.6 * axis.get_ylim()[1])  # room for the legend
     axes[0].set_ylabel("reward")
     return figure
 
