@@ -810,46 +810,61 @@ def typical_minutes(log):
 def draw(points, optimum, sft):
     """Reward along training; the reward model's and the judge's gain on the test prompts; all against KL."""
     figure, axes = reproduce.panels(3, 4.6, 4.2)
-    main = [x for x in points if x["part"] == "main"]
-    styles = {seed: style for seed, style in zip(dict.fromkeys(x["seed"] for x in main), ("-", "--", ":"))}
-    ends = {"reward": [0.0], "gain": [0.0]}
-    for x in main:
-        steps = [x["log"]["steps"][name] for name in ("kl", "reward")]
-        parts = [[own[i : i + WINDOW] for i in range(0, len(own), WINDOW)] for own in steps]
-        path = [[max(0.0, statistics.fmean(part)) for part in parts[0]], [*map(statistics.fmean, parts[1])]]
-        look = {"color": reproduce.color(x["method"]), "marker": ".", "lw": 1.3, "ls": styles[x["seed"]]}
-        look |= {"label": x["method"]} if x["seed"] == main[0]["seed"] else {}
-        axes[0].plot(*path, **look)
-        ends["reward"] += path[0]
-    for axis, gain in zip(axes[1:], ("gain", "judge's gain")):
-        for x in [x for x in points if x["part"] != "shifted"]:
-            look = {"color": reproduce.color(x["method"]), "zorder": 3, "ms": 6}
-            look |= {} if x["part"] == "main" else {"mfc": "white"}
-            new = x["part"] == "longer" or x["seed"] == main[0]["seed"]
-            look |= (
-                {"label": x["method"] + (f", {x['steps']} steps" if x["part"] == "longer" else "")}
-                if new
-                else {}
-            )
-            axis.plot(x["kl"], x[gain], "o", **look)
-            ends["gain"].append(x["kl"])
-        best = [row for row in untrained_table(sft) if row["policy"].startswith("best")]
-        label = f"best of {', '.join(map(str, BEST_OF))}: no training"
-        axis.plot([x["kl"] for x in best], [x[gain] for x in best], "kx", label=label)
-        ends["gain"] += [x["kl"] for x in best]
-    titles = "reward of training samples", "gain, reward model, test prompts", "gain, judge, test prompts"
-    for axis, of, title in zip(axes, ("reward", "gain", "judge's gain"), titles):
-        right = 1.2 * max(0.01, *ends["reward" if of == "reward" else "gain"])
-        name, base = "gold_reward" if of == "judge's gain" else "reward", 0.0
-        if of != "reward":
-            base = tensor(sft, "judge" if of == "judge's gain" else "reward").mean().item()
-        path = [(row["kl"], row[name] - base) for row in optimum if row["kl"] <= right]
-        look = {"color": "black", "lw": 2.2, "label": "optimum for the reward model"}
-        axis.plot([x for x, _ in path], [y for _, y in path], **look)
-        reproduce.finish(axis, right, title)
-        axis.set_ylim(top=1.6 * axis.get_ylim()[1])  # room for the legend
+    base = {x: tensor(sft, x).mean().item() for x in ("reward", "judge")}
+    reached = draw_training(axes[0], [x for x in points if x["part"] == "main"])
+    draw_optimum_line(axes[0], optimum, "reward", 0.0, reached, "reward of training samples")
     axes[0].set_ylabel("reward")
+    for axis, gain, of, by in zip(
+        axes[1:], ("gain", "judge's gain"), ("reward", "gold_reward"), ("reward", "judge")
+    ):
+        reached = draw_gains(axis, points, untrained_table(sft), gain)
+        title = f"gain, {'judge' if by == 'judge' else 'reward model'}, test prompts"
+        draw_optimum_line(axis, optimum, of, base[by], reached, title)
     return figure
+
+
+def draw_training(axis, main):
+    """A curve a run, of means of WINDOW steps; returns the largest KL."""
+    styles = {seed: style for seed, style in zip(dict.fromkeys(x["seed"] for x in main), ("-", "--", ":"))}
+    largest = 0.0
+    for x in main:
+        columns = []
+        for values in (x["log"]["steps"][name] for name in ("kl", "reward")):
+            columns.append([statistics.fmean(values[i : i + WINDOW]) for i in range(0, len(values), WINDOW)])
+        kls = [max(0.0, kl) for kl in columns[0]]  # an estimate, which noise can take below 0
+        look = {"color": reproduce.color(x["method"]), "marker": ".", "lw": 1.3, "ls": styles[x["seed"]]}
+        if x["seed"] == main[0]["seed"]:
+            look["label"] = x["method"]
+        axis.plot(kls, columns[1], **look)
+        largest = max(largest, *kls)
+    return largest
+
+
+def draw_gains(axis, points, untrained, gain):
+    """A dot a run, hollow for the longer ones, and best of n; returns the largest KL."""
+    shown = [x for x in points if x["part"] != "shifted"]
+    first = shown[0]["seed"]
+    for x in shown:
+        look = {"color": reproduce.color(x["method"]), "zorder": 3, "ms": 6}
+        if x["part"] == "longer":
+            look |= {"mfc": "white", "label": f"{x['method']}, {x['steps']} steps"}
+        elif x["seed"] == first:
+            look["label"] = x["method"]
+        axis.plot(x["kl"], x[gain], "o", **look)
+    best = [row for row in untrained if row["policy"].startswith("best")]
+    label = f"best of {', '.join(map(str, BEST_OF))}: no training"
+    axis.plot([x["kl"] for x in best], [x[gain] for x in best], "kx", label=label)
+    return max(x["kl"] for x in [*shown, *best])
+
+
+def draw_optimum_line(axis, optimum, name, base, reached, title):
+    """The optimum a little beyond the largest KL of the others."""
+    right = 1.2 * max(0.01, reached)
+    path = [(row["kl"], row[name] - base) for row in optimum if row["kl"] <= right]
+    look = {"color": "black", "lw": 2.2, "label": "optimum for the reward model"}
+    axis.plot([x for x, _ in path], [y for _, y in path], **look)
+    reproduce.finish(axis, right, title)
+    axis.set_ylim(top=1.6 * axis.get_ylim()[1])  # room for the legend
 
 
 # ------------------------------------------------------------------------------------------------------ main
