@@ -289,5 +289,7 @@ def test_offsets_changed_nothing_that_p3o_logged():
         assert log["flags"].pop("reward_shift") > 2 and log["flags"] == plain["flags"]
         steps = [x for x in log["steps"] if not x.startswith(("seconds", "tokens"))]
         same = [log["steps"][x] == plain["steps"][x] for x in steps]
-        same += [log[x] == plain[x] for x in ("evaluations", "reward", "kl", "length")]
+        same += [log[x] == plain[x] for x in ("reward", "kl", "length")]
+        pairs = zip(log["evaluations"], plain["evaluations"])  # later runs have metrics more
+        same.append(all(a[x] == b[x] for a, b in pairs for x in set(a) & set(b)))
         assert len(same) == 8 and set(same) == {name.startswith("p3o")}, name
