@@ -88,7 +88,7 @@ def trajectory_reward(score, logp_old_seq, logp_ref_seq, beta):
 def pairwise_policy_gradient_loss(logp_new_seq, reward):
     """-(R1 - R2) (log pi(y1|x) - log pi(y2|x)) / 2. Its gradient is minus the PPG [P3O, Theorem 1].
 
-    logp_new_seq (nats per response) and reward are (B, K), K >= 2. The loss () is a mean over prompts and over
+    logp_new_seq (nats per response) and reward are (B, K), K >= 2. The loss () is a mean over prompts and
     pairs of responses, which must come from the current policy. Its gradient is REINFORCE leave-one-out's.
     """
     if logp_new_seq.shape != reward.shape or reward.dim() != 2 or reward.shape[1] < 2:
@@ -221,8 +221,7 @@ def data_order(num_rows, size, step, seed):
 
 def load_model(auto_class, name, tokenizer, args, may_lack=(), **options):
     """Loads a model in float32 and in eval mode: with dropout the first importance ratio would not be 1."""
-    options |= {"dtype": torch.float32, "output_loading_info": True}
-    model, info = auto_class.from_pretrained(name, **options)
+    model, info = auto_class.from_pretrained(name, dtype=torch.float32, output_loading_info=True, **options)
     lacking = sorted(set(info["missing_keys"]) - set(may_lack))
     check(not lacking, f"{name} lacks the weights {lacking[:3]}; give a model that has them")
     other_heads = ("lm_head.", "embed_out.") if "num_labels" in options else ()
@@ -301,10 +300,9 @@ def batch_metrics(batches):
     """Means over scored batches. KL (nats per response) and entropy (nats per token) are sample estimates."""
     parts = []
     for batch in batches:
-        logp_old, logp_ref = batch["logp_old_tok"].sum(1), batch["logp_ref_tok"].sum(1)
-        sizes = batch["response_mask"].sum(1), batch["ended"]
-        parts.append(torch.stack([batch["score"], logp_old, logp_ref, *sizes]))  # (5, N)
-    score, logp_old, logp_ref, length, ended = torch.cat(parts, 1).mean(1).tolist()
+        old, ref = batch["logp_old_tok"].sum(1), batch["logp_ref_tok"].sum(1)
+        parts.append(torch.stack([batch["score"], old, ref, batch["response_mask"].sum(1), batch["ended"]]))
+    score, logp_old, logp_ref, length, ended = torch.cat(parts, 1).mean(1).tolist()  # parts: (5, N) each
     metrics = {"reward": score, "kl": logp_old - logp_ref, "entropy": -logp_old / length}
     return metrics | {"response_length": length, "eos_rate": ended}
 
