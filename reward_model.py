@@ -47,7 +47,7 @@ class Args:
     device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1, ...")
     dtype: Literal["float32", "bfloat16"] = flag("float32", "bfloat16 is autocast: weights stay in float32")
     learning_rate: float = flag(1e-3, "Adam's rate, which rises and then falls; about 1e-5 if pretrained")
-    epochs: int = flag(1, "passes over the data set, which --steps replaces; more than one overfits")
+    epochs: int = flag(1, "passes over the data set, if --steps is not given; more than one overfits")
     steps: int | None = flag(None, "number of optimizer steps; by default as many as --epochs takes")
     minibatch_size: int = flag(32, "pairs per optimizer step")
     micro_batch_size: int = flag(32, "pairs per forward and backward pass; a lower number saves memory")

@@ -39,13 +39,13 @@ def flag(default, text):
 @dataclass
 class Args:
     model: str = flag("data/toy/model", "decoder-only language model to start from")
-    dataset: str = flag("data/toy/sft", "hub name or folder with text columns 'prompt' and 'completion'")
+    dataset: str = flag("data/toy/sft", "hub name or folder; columns 'prompt' and 'completion' or 'chosen'")
     output_dir: str = flag("out/sft", "folder for the trained model, the logs and the checkpoint")
     seed: int = flag(0, "seed of the data order and of the samples that are shown")
     device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1, ...")
     dtype: Literal["float32", "bfloat16"] = flag("float32", "bfloat16 is autocast: weights stay in float32")
     learning_rate: float = flag(3e-3, "Adam's rate, which rises and then falls; 1e-5 to 5e-5 if pretrained")
-    epochs: int = flag(2, "passes over the data set, which --steps replaces")
+    epochs: int = flag(2, "passes over the data set, if --steps is not given")
     steps: int | None = flag(None, "number of optimizer steps; by default as many as --epochs takes")
     minibatch_size: int = flag(32, "rows per optimizer step")
     micro_batch_size: int = flag(32, "rows per forward and backward pass; a lower number saves memory")
