@@ -233,7 +233,8 @@ def test_a_step_descends_the_loss_of_its_pairs(tmp_path, micro_batch_size, lm_co
         if lm_coef:
             assert language_model.base_model is model.base_model, "one trunk"
             prompt, response = row["prompt_ids"], row["response_ids"][0]
-            logps = language_model(torch.tensor([prompt + response])).logits[0].log_softmax(-1)
+            hidden = model.base_model(torch.tensor([prompt + response])).last_hidden_state[0]
+            logps = (hidden @ model.get_input_embeddings().weight.T).log_softmax(-1)  # the tied output layer
             likelihood += sum(logps[len(prompt) - 1 + t, token] for t, token in enumerate(response))
             tokens += len(response)
     loss = sum(losses) / 5 - (lm_coef * likelihood / tokens if lm_coef else 0)
