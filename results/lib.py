@@ -1,9 +1,8 @@
 """What every question under results/ needs: train a run, measure it, keep its line, show what was found.
 
 A question is a folder with a run.py. Its plan is a list of runs; a run is a method, its flags and a seed.
-`python results/NAME/run.py` trains the runs into out/results/NAME, lets evaluate.py measure them, and
-compares the tables with the committed ones. `--plots_only` rebuilds the folder's tables and picture from its
-runs.jsonl, which has one line for each run. A world (toy_task.py) says what the runs start from.
+`python results/NAME/run.py` trains them into out/results/NAME, lets evaluate.py measure them, and compares
+the tables with those from the committed runs.jsonl. A world (toy_task.py) says what the runs start from.
 """
 
 import argparse
@@ -11,22 +10,24 @@ import hashlib
 import json
 import math
 import os
-import platform
 import re
 import shutil
 import statistics
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
+from matplotlib import rcParams
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "out/results"
 BLOCK = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.S)  # of a README, generated
 BETA = 0.5
+rcParams |= {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25}
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ METHODS = {
 }
 
 
-# ------------------------------------------------------------------------------------ runs and their lines
+# ----------------------------------------------------------------- runs, their lines, and their statistics
 def run(method, seed, labels=None, script=None, /, **flags):
     """A run. Labels say what it is in a table; they are no part of what is trained."""
     kind = METHODS[method]
@@ -77,7 +78,7 @@ def name_of(one):
 
 def read_lines(path):
     """The lines of a runs.jsonl; none where there is no such file."""
-    return [json.loads(x) for x in Path(path).read_text().splitlines()] if Path(path).exists() else []
+    return [json.loads(x) for x in Path(path).read_text().split("\n") if x] if Path(path).exists() else []
 
 
 def write_lines(path, lines):
@@ -91,25 +92,25 @@ def write_lines(path, lines):
 class Found:
     """What is known of a plan: points, a dict for every measured run; sft; optimum; the missing names."""
 
-    def __init__(self, plan, lines, world):
+    def __init__(self, plan, world, lines):
         lines = {key(line): line for line in lines}
         self.sft, self.optimum = (lines.get(name, {}) for name in (SFT, OPTIMUM))
         self.missing = [name_of(one) for one in plan if key(one) not in lines]
-        self.points = [one | lines[key(one)] for one in plan if key(one) in lines]
-        for point in self.points:
-            world.complete(point, self)
+        known = [one | lines[key(one)] for one in plan if key(one) in lines]
+        self.points = [world.complete(point, self) for point in known]
 
     def pick(self, **labels):
         """The points that have these labels."""
         return [point for point in self.points if all(point.get(x) == y for x, y in labels.items())]
 
 
-# ------------------------------------------------------------------------------------------ the statistics
 T975 = 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262  # Student's t for 1, 2, ... degrees
 
 
 def t_interval(values):
-    """(mean, low, high), 95%, of independent values; low and high are None where there is only one."""
+    """(mean, low, high), 95%; low and high are None for one value. None if one is missing: no lucky seeds."""
+    if not values or None in values:
+        return None
     mean = statistics.fmean(values)
     if len(values) < 2:
         return mean, None, None
@@ -119,16 +120,14 @@ def t_interval(values):
 
 
 def interval(points, name):
-    """t_interval of a value over the seeds. None where one of them lacks it: no lucky seeds are picked."""
-    values = [point[name] for point in points]
-    return t_interval(values) if values and None not in values else None
+    """t_interval of a value over the seeds."""
+    return t_interval([point[name] for point in points])
 
 
 def paired(ours, theirs, name):
     """t_interval of the differences, seed by seed, over the seeds that both have."""
     other = {point["seed"]: point[name] for point in theirs}
-    values = [point[name] - other[point["seed"]] for point in ours if point["seed"] in other]
-    return t_interval(values) if values else None
+    return t_interval([point[name] - other[point["seed"]] for point in ours if point["seed"] in other])
 
 
 # --------------------------------------------------------------------------------------- train and measure
@@ -144,11 +143,8 @@ def call(script, *words, **flags):
 
 
 def train(script, folder, base="", **flags):
-    """Trains a run into its folder, goes on if it was interrupted, and leaves a finished one alone.
-
-    What a folder is for stands in a file beside it. One that is for something else, or unknown, is refused.
-    """
-    folder, record = Path(folder), Path(f"{folder}.setting.json")
+    """Trains a run into its folder, or goes on with it. A folder that is for something else is refused."""
+    record = Path(f"{folder}.setting.json")  # beside the folder: what it is for
     setting = json.loads(json.dumps({"script": script, "flags": flags, "base": base}, default=str))
     before = json.loads(record.read_text()) if record.exists() else {}
     if folder.exists() and before.get("setting") != setting:
@@ -174,35 +170,32 @@ def train_run(one, folder, paths, more):
 def answers(place, folders, **flags):
     """Lets evaluate.py ask the policies and the SFT model the same test prompts; {policy: its responses}."""
     call("evaluate.py", *map(str, folders), output_dir=place, seed=12345, overwrite=True, **flags)
-    policies = {}
-    for row in map(json.loads, open(Path(place, "answers.jsonl"), encoding="utf-8")):
-        if "policy" in row:  # the first line holds the settings
-            policies.setdefault(row["policy"], []).append(row)
+    rows = [row for row in read_lines(Path(place, "answers.jsonl")) if "policy" in row]  # first: settings
     shutil.rmtree(place)
-    return policies
+    return {name: [row for row in rows if row["policy"] == name] for name in {row["policy"] for row in rows}}
 
 
 def fingerprint(*folders):
     """Digits that differ when the weights in the folders do."""
-    weights = [hashlib.sha256(Path(x, "model.safetensors").read_bytes()).hexdigest() for x in folders]
-    return "-".join(x[:16] for x in weights)
+    files = [Path(folder, "model.safetensors") for folder in folders]
+    return "-".join(hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in files)
 
 
 def origin():
     """The commit, the version of torch and the machine, as they are now."""
     git = subprocess.run(["git", "rev-parse", "--short=7", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    cpu = (re.findall(r"model name\s*: (.*)", info) or [platform.machine()])[0]
+    cpu = (re.findall(r"model name\s*: (.*)", info) or ["unknown CPU"])[0]
     hardware = f"{cpu}, {os.cpu_count()} cores, 1 thread a process"
     return {"commit": git.stdout.strip(), "torch": version("torch"), "hardware": hardware}
 
 
 def measure_all(name, plan, world, args):
-    """Trains and measures what no question has measured yet; all lines of the plan, and how many are new."""
+    """Trains and measures what no question has measured yet; returns all lines of the plan."""
     paths, new = world.prepare(args), 0
     base = fingerprint(paths["model"], paths["reward_model"])
     lines = [line for path in sorted(OUT.glob("*/runs.jsonl")) for line in read_lines(path)]
-    known = {key(line): line for line in lines if line["base"] == base}
+    known = {key(line): line for line in lines if line.get("base") == base}
     keys = [SFT, OPTIMUM, *map(key, plan)]
 
     def keep(one, measured):
@@ -221,9 +214,8 @@ def measure_all(name, plan, world, args):
         new += 1
     if hasattr(world, "optimum") and OPTIMUM not in known:
         keep(OPTIMUM, world.optimum(OUT / name, paths))
-    lines = [known[x] for x in keys if x in known]
-    write_lines(OUT / name / "runs.jsonl", lines)
-    return lines, new
+    print(f"{name}: {new} runs trained and measured now, {len(plan) - new} by earlier commands")
+    return [known[x] for x in keys if x in known]
 
 
 # -------------------------------------------------------------------------------- tables, pages and pictures
@@ -234,8 +226,7 @@ def show(cell):
     value, low, high = cell
     if low is None:
         return f"{value:.3f}"
-    half = (high - low) / 2
-    decimals = 3 if half < 1e-9 else min(3, max(0, 1 - math.floor(math.log10(half))))
+    decimals = min(3, max(0, 1 - math.floor(math.log10(max(high - low, 1e-9) / 2))))
     decimals = 3 if any(x and not round(x, decimals) for x in cell) else decimals  # on which side of 0?
     value, low, high = (f"{round(x, decimals) + 0.0:.{decimals}f}" for x in cell)  # + 0.0: never -0
     return f"{value} [{low}, {high}]"
@@ -250,18 +241,19 @@ def markdown(rows):
 def source(found, kind="Student's t over seeds"):
     """Where the numbers come from and what a rerun costs, in a paragraph."""
     lines = list({key(point): point for point in found.points}.values())
-    seeds, commits, machines = (sorted({x[y] for x in lines}) for y in ("seed", "commit", "hardware"))
-    hours = sum(line["minutes"] for line in lines) / 60
-    text = f"{len(lines)} runs, seeds {', '.join(map(str, seeds))}, on {'; '.join(machines)}; commits "
-    text += f"{', '.join(commits)}. In brackets: 95% intervals, {kind}. A rerun takes {hours:.1f} core hours."
+    seeds, commits, machines = (
+        ", ".join(sorted({str(x[y]) for x in lines})) for y in ("seed", "commit", "hardware")
+    )
+    text = f"{len(lines)} runs, seeds {seeds}, on {machines}; commits {commits}. In brackets: 95% intervals, "
+    text += f"{kind}. A rerun takes {sum(x['minutes'] for x in lines) / 60:.1f} hours of one core."
     return text + (f" Missing: {', '.join(found.missing)}." if found.missing else "")
 
 
 def write_report(folder, page, found, tables, picture):
     """README.md, whose generated blocks are made new, and picture.png of a question; returns the tables."""
     made = tables(found)
+    made |= {} if "source" in made else {"source": source(found)}
     blocks = {name: x if isinstance(x, str) else markdown(x) for name, x in made.items()}
-    blocks |= {} if "source" in blocks else {"source": source(found)}
     fresh = "".join(f"\n<!-- table {name} -->\n<!-- end -->\n" for name in blocks)
     page = page if BLOCK.search(page) else page + fresh
     page = BLOCK.sub(lambda match: f"{match[1]}{blocks[match[2]]}\n{match[3]}", page)
@@ -272,10 +264,11 @@ def write_report(folder, page, found, tables, picture):
 
 def numbers(tables):
     """{(table, row, column): (value, low, high)} of every cell that holds a number."""
-    rows = [(name, row) for name, rows in tables.items() if isinstance(rows, list) for row in rows]
-    texts = [" ".join(x for x in list(row.values())[:2] if isinstance(x, str)) for _, row in rows]
-    cells = [(name, text, x, y) for (name, row), text in zip(rows, texts) for x, y in row.items()]
-    return {cell[:3]: cell[3] for cell in cells if isinstance(cell[3], tuple)}
+    found = {}
+    for name, row in [(name, row) for name, rows in tables.items() for row in rows if isinstance(row, dict)]:
+        texts = " ".join(x for x in list(row.values())[:2] if isinstance(x, str))
+        found |= {(name, texts, x): y for x, y in row.items() if isinstance(y, tuple)}
+    return found
 
 
 def compare(before, now):
@@ -292,59 +285,64 @@ def compare(before, now):
 def axes(count=1, width=5.0, height=4.0, **options):
     """A figure with panels side by side."""
     figure = Figure(figsize=(width * count, height), layout="constrained")
-    panels = figure.subplots(1, count, squeeze=False, **options)[0]
-    for axis in panels:
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(alpha=0.25)
-    return figure, panels
+    return figure, figure.subplots(1, count, squeeze=False, **options)[0]
 
 
 def curve(axis, name, xs, cells, x_cells=None, **look):
     """A line through means, with their intervals. Cells that are None are left out."""
-    known, bars = [i for i, cell in enumerate(cells) if cell], {}
-    for side, values in (("yerr", cells), ("xerr", x_cells)):
-        spans = [(x, low or x, high or x) for x, low, high in (values[i] for i in known)] if values else []
-        bars[side] = [[x - low for x, low, _ in spans], [high - x for x, _, high in spans]] if spans else None
-    look = {"color": METHODS[name].color if name in METHODS else "black", "marker": "o", "label": name} | look
-    axis.errorbar([xs[i] for i in known], [cells[i][0] for i in known], **bars, ms=5, capsize=3, **look)
+
+    def bars(values):
+        spans = [(x, low or x, high or x) for x, low, high in (values[i] for i in known)]
+        return [[x - low for x, low, _ in spans], [high - x for x, _, high in spans]]
+
+    known = [i for i, cell in enumerate(cells) if cell]
+    look = {"color": METHODS[name].color, "marker": "o", "label": name, "ms": 5, "capsize": 3} | look
+    means = [xs[i] for i in known], [cells[i][0] for i in known]
+    axis.errorbar(*means, bars(cells), bars(x_cells) if x_cells else None, **look)
 
 
-# ---------------------------------------------------------------------------------------------- the command
-def main(file, plan, tables, picture, world, argv=None):
-    """The command line of a question."""
+def report(file, argv, options, measure, find, merge, tables, picture):
+    """The command of a question: measure if asked to, compare with what is committed, write the page."""
     parser = argparse.ArgumentParser(allow_abbrev=False)
-    add = parser.add_argument
-    add("--plots_only", action="store_true", help="rebuild tables and picture from runs.jsonl; train nothing")
-    add("--seeds", type=int, nargs="+", help="only the runs with these seeds")
-    add("--methods", nargs="+", choices=METHODS, help="only the runs of these methods")
-    add("--device", default="cpu", help="where to train; the committed runs come from a CPU")
-    add("--keep", action="store_true", help="put the new lines into the committed runs.jsonl")
-    for name, (default, text) in getattr(world, "options", {}).items():
-        add(f"--{name}", default=default, help=text)
-    args = parser.parse_args(argv)
-    home = Path(file).resolve().parent
-    committed = {key(line): line for line in read_lines(home / "runs.jsonl")}
+    options["plots_only"] = {"action": "store_true", "help": "rebuild page and picture from runs.jsonl"}
+    options["keep"] = {"action": "store_true", "help": "put the new lines into the committed runs.jsonl"}
+    for name, more in options.items():
+        parser.add_argument(f"--{name}", **more)
+    args, home = parser.parse_args(argv), Path(file).resolve().parent
+    committed, out = read_lines(home / "runs.jsonl"), OUT / home.name
     page = (home / "README.md").read_text() if (home / "README.md").exists() else f"# {home.name}\n"
     if not args.plots_only:
-        wanted = [one for one in plan if one["method"] in (args.methods or METHODS)]
-        wanted = [one for one in wanted if not args.seeds or one["seed"] in args.seeds]
-        lines, new = measure_all(home.name, wanted, world, args)
-        found = Found(wanted, lines, world)
-        now = write_report(OUT / home.name, page, found, tables, picture)
-        print(
-            f"{home.name}: {new} runs trained and measured now, {len(lines)} lines in out/results/{home.name}"
-        )
-        compare(tables(Found(plan, committed.values(), world)), now)
+        lines = measure(args)
+        write_lines(out / "runs.jsonl", lines)
+        now = write_report(out, page, find(lines), tables, picture)
+        compare(tables(find(committed)), now)
         if not args.keep:
             return
+        committed = merge(committed, lines)
+        write_lines(home / "runs.jsonl", committed)
+    write_report(home, page, find(committed), tables, picture)
+    print(f"{home.name}: {len(committed)} lines read from runs.jsonl")
+
+
+def main(file, plan, tables, picture, world, argv=None):
+    """The command of a question that trains a plan of runs."""
+    options = {"seeds": {"type": int, "nargs": "+", "help": "only the runs with these seeds"}}
+    options["methods"] = {"nargs": "+", "choices": METHODS, "help": "only the runs of these methods"}
+
+    def measure(args):
+        wanted = [one for one in plan if one["method"] in (args.methods or METHODS)]
+        wanted = [one for one in wanted if not args.seeds or one["seed"] in args.seeds]
+        return measure_all(Path(file).resolve().parent.name, wanted, world, args)
+
+    def merge(committed, lines):
         gold = {SFT, *(key(one) for one in plan if one.get("keep_gold"))}  # every response's: for few
-        committed |= {key(x): {y: x[y] for y in x if y != "gold" or key(x) in gold} for x in lines}
-        committed = {x: committed[x] for x in (SFT, OPTIMUM, *map(key, plan)) if x in committed}
-        if len({line.get("base") for line in committed.values()}) > 1:
+        lines = [{y: x[y] for y in x if y != "gold" or key(x) in gold} for x in lines]
+        known = {key(line): line for line in (*committed, *lines)}
+        known = [known[x] for x in dict.fromkeys((SFT, OPTIMUM, *map(key, plan))) if x in known]
+        if len({line.get("base") for line in known}) > 1:
             sys.exit(
                 "error: the other runs start from another SFT model; measure all of the plan, and keep that"
             )
-        write_lines(home / "runs.jsonl", committed.values())
-    found = Found(plan, committed.values(), world)
-    write_report(home, page, found, tables, picture)
-    print(f"{home.name}: {len(found.points)} runs read from runs.jsonl")
+        return known
+
+    report(file, argv, options | world.options, measure, partial(Found, plan, world), merge, tables, picture)

@@ -18,6 +18,8 @@ POOLED = 32  # responses of each policy to each prompt that draw the optimum
 class Toy:
     """Data, SFT model and reward model in out/results/toy, which every question shares."""
 
+    options = {"device": {"default": "cpu", "help": "where to train; the committed runs come from a CPU"}}
+
     def prepare(self, args):
         base, self.flags = lib.OUT / "toy", {"device": args.device}
         lib.train("toy.py", base / "data")
@@ -44,7 +46,7 @@ class Toy:
         point["gold_gain"] = point["gold_reward"] - found.sft["gold_reward"]
         point["objective"] = point["gain"] - point["flags"]["beta"] * point["kl"]
         best = best_gain(found, point["kl"])
-        point["share"] = point["gain"] / best if best else None
+        return point | {"share": point["gain"] / best if best else None}
 
 
 def best_gain(found, kl):

@@ -51,7 +51,7 @@ def lead(found, method, kl):
     for seed in SEEDS if method != "P3O" else ():
         gains = [gain_at(found, found.pick(method=m, seed=seed, variant=None), kl) for m in ("P3O", method)]
         values += [gains[0] - gains[1]] if None not in gains else []
-    return lib.t_interval(values) if values else None
+    return lib.t_interval(values)
 
 
 def win_rate(ours, theirs):
@@ -68,36 +68,31 @@ def wins(found):
     rows, ours = [], {x["seed"]: x["gold"] for x in found.pick(method="P3O", beta=0.5, variant=None)}
     for rival in (*RIVALS, "SFT"):
         theirs = found.pick(method=rival, beta=RIVALS.get(rival), variant=None)
-        theirs = theirs or [
-            {"seed": seed, "kl": 0.0, "gold": found.sft["gold"]} for seed in ours if rival == "SFT"
-        ]
+        if rival == "SFT":
+            theirs = [{"seed": seed, "kl": 0.0, "gold": found.sft["gold"]} for seed in ours]
         pairs = [win_rate(ours[x["seed"]], x["gold"]) for x in theirs if x["seed"] in ours and x["gold"]]
-        row = {"P3O against": rival, "wins, %": lib.t_interval([x for x, _ in pairs]) if pairs else None}
+        row = {"P3O against": rival, "wins, %": lib.t_interval([x for x, _ in pairs])}
         row["ties, %"] = f"{sum(x for _, x in pairs) / len(pairs):.1f}" if pairs else None
         rows.append(row | {"its KL": lib.interval(theirs, "kl"), "in the paper, %": PAPER.get(rival)})
     return rows
 
 
 def tables(found):
-    methods, shares = [], []
+    methods, shares, critic = [], [], []
     for m in METHODS:
         points = found.pick(method=m, beta=0.5, variant=None)
         names = {"KL": "kl", "gain": "gain", "true gain": "gold_gain", "share of the optimum": "share"}
         row = {"method": m} | {title: lib.interval(points, x) for title, x in names.items()}
         methods.append(row | {f"P3O leads at {kl} nat{'s' * (kl > 1)}": lead(found, m, kl) for kl in (1, 2)})
     for m in DRAWN:
-        cells = [found.pick(method=m, beta=beta, variant=None) for beta in BETAS]
-        row = {"share of the optimum": m} | {
-            f"beta {b:g}": lib.interval(x, "share") for b, x in zip(BETAS, cells)
-        }
-        kls = [f"{lib.interval(x, 'kl')[0]:.2f}" for x in cells if x]
+        cells = {f"beta {beta:g}": found.pick(method=m, beta=beta, variant=None) for beta in BETAS}
+        row = {"share of the optimum": m} | {x: lib.interval(y, "share") for x, y in cells.items()}
+        kls = [f"{lib.interval(x, 'kl')[0]:.2f}" for x in cells.values() if x]
         shares.append(row | {"at KL, nats": ", ".join(kls)})
-    ppo = found.pick(variant="PPO")
-    critic = [
-        {"variant": x, "objective": lib.interval(found.pick(variant=x), "objective")}
-        | {"minus PPO": lib.paired(found.pick(variant=x), ppo, "objective") if x != "PPO" else None}
-        for x in CRITIC
-    ]
+    for x in CRITIC:
+        points, ppo = found.pick(variant=x), found.pick(variant="PPO") if x != "PPO" else []
+        row = {"variant": x, "objective": lib.interval(points, "objective")}
+        critic.append(row | {"minus PPO": lib.paired(points, ppo, "objective")})
     return {"methods": methods, "shares": shares, "critic": critic, "wins": wins(found)}
 
 
@@ -116,5 +111,9 @@ def picture(found):
     return figure
 
 
+def main(argv=None):
+    lib.main(__file__, PLAN, tables, picture, ToyWithOptimum(), argv)
+
+
 if __name__ == "__main__":
-    lib.main(__file__, PLAN, tables, picture, ToyWithOptimum())
+    main()

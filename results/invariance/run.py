@@ -95,5 +95,9 @@ def picture(found):
     return figure
 
 
+def main(argv=None):
+    lib.main(__file__, PLAN, tables, picture, Toy(), argv)
+
+
 if __name__ == "__main__":
-    lib.main(__file__, PLAN, tables, picture, Toy())
+    main()

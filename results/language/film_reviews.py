@@ -85,11 +85,9 @@ class FilmReviews:
     """What the runs on film reviews start from, made once in out/results/film_reviews, and their measure."""
 
     options = {
-        "model": ("HuggingFaceTB/SmolLM2-135M-Instruct", "hub name or folder"),
-        "reviews": (
-            "cornell-movie-review-data/rotten_tomatoes",
-            "hub name or .jsonl: text, label (1: positive)",
-        ),
+        "model": {"default": "HuggingFaceTB/SmolLM2-135M-Instruct", "help": "hub name or folder"},
+        "reviews": {"default": "cornell-movie-review-data/rotten_tomatoes", "help": "hub name or .jsonl"},
+        "device": {"default": "cpu", "help": "where to train"},
     }
 
     def prepare(self, args):
@@ -101,8 +99,14 @@ class FilmReviews:
         if not (base / "data").exists():
             splits = make_splits(read_reviews(args.reviews, AutoTokenizer.from_pretrained(args.model)))
             shutil.rmtree(base / "new", ignore_errors=True)
-            for name, parts in splits.items():
-                self.write(base / "rows" / name, parts, base / "new" / name, args.model)
+            for name, split, rows in [(x, y, z) for x, parts in splits.items() for y, z in parts.items()]:
+                path = base / "rows" / name / f"{split}.jsonl"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            for name in splits:
+                lib.call(
+                    "data.py", dataset=base / "rows" / name, model=args.model, output_dir=base / "new" / name
+                )
             (base / "new").rename(base / "data")  # once, when all of it is there
         more = STAGE | self.flags | self.dtype
         flags = more | {"model": args.model, "dataset": base / "data/sft", "response_length": RESPONSE}
@@ -116,16 +120,6 @@ class FilmReviews:
             "reward_model": base / "reward_model",
             "prompts": base / "data/prompts",
         }
-
-    def write(self, rows, parts, data, model):
-        """Rows as JSON lines, and what data.py makes of them."""
-        rows.mkdir(parents=True, exist_ok=True)
-        for split, examples in parts.items():
-            names = [x for x in ("prompt", "completion", "chosen", "rejected") if x in examples[0]]
-            names = ["prompt"] if data.name == "prompts" else names
-            lines = [json.dumps({name: example[name] for name in names}) + "\n" for example in examples]
-            (rows / f"{split}.jsonl").write_text("".join(lines))
-        lib.call("data.py", dataset=rows, model=model, output_dir=data)
 
     def measure(self, folder, paths):
         """The scores of every answer by the reward model and by the judge, and the KL at every prompt."""
@@ -154,7 +148,8 @@ class FilmReviews:
         return line | {x: round(statistics.fmean(row[x] for row in rows), 4) for x in ("length", "ended")}
 
     def complete(self, point, found):
-        """Nothing to add: the tables need the values of every prompt."""
+        """Adds nothing, because the tables need the values of every prompt."""
+        return point
 
 
 # ------------------------------------------------------------------------ values by prompt, for the tables

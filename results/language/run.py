@@ -98,7 +98,11 @@ def picture(found):
     return figure
 
 
-if __name__ == "__main__":
+def main(argv=None):
     for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
         os.environ[name] = str(2**33)  # glibc keeps freed memory: fetching large tensors again takes long
-    lib.main(__file__, PLAN, tables, picture, FilmReviews())
+    lib.main(__file__, PLAN, tables, picture, FilmReviews(), argv)
+
+
+if __name__ == "__main__":
+    main()

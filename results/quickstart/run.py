@@ -6,7 +6,6 @@
 A line of runs.jsonl is a command and all that it said; that of frontier.py has the numbers of summary.json.
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -25,8 +24,9 @@ CURVES = "optimal_frontier", "best_of_n"
 KEPT = "reward", "reward_gain", "gold_gain", "kl", "frontier_efficiency"
 
 
-def run_all(folder):
+def run_all(args):
     """Runs the commands in a folder of their own; a line for each."""
+    folder = lib.OUT / "quickstart/work"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     lines, start = [], time.perf_counter()
@@ -57,17 +57,13 @@ def tables(found):
     lines = {line["command"]: line for line in found.points}
     said = [{"command": f"`{x}`", "what it says in the end": line["said"][-1]} for x, line in lines.items()]
     policies = lines["python frontier.py"]["policies"]
-    names = {
-        "gain": "reward_gain",
-        "true gain": "gold_gain",
-        "KL": "kl",
-        "share of the best": "frontier_efficiency",
-    }
+    names = dict(zip(("gain", "true gain", "KL", "share of the best"), KEPT[1:]))
     row = {"policy": "P3O"} | {title: tuple(policies["p3o"][x]) for title, x in names.items()}
     row["wins against SFT"] = tuple(policies["p3o"]["win_rate_vs"]["sft"])
     first = found.points[0]
-    source = f"Run on {first['hardware']}, torch {first['torch']}, commit {first['commit']}; the first six commands "
-    source += f"took {first['chain_seconds']} seconds. In brackets: 95%, bootstrap over prompts."
+    about = f"{first['hardware']}, torch {first['torch']}, commit {first['commit']}"
+    source = f"Run on {about}. The first six commands took {first['chain_seconds']} seconds. In brackets: 95%"
+    source += " intervals, bootstrap over the prompts."
     return {"source": source, "commands": said, "policy": [row]}
 
 
@@ -91,23 +87,8 @@ def picture(found):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(allow_abbrev=False)
-    parser.add_argument("--plots_only", action="store_true", help="table and picture from runs.jsonl")
-    parser.add_argument("--keep", action="store_true", help="put the new lines into the committed runs.jsonl")
-    args = parser.parse_args(argv)
-    home = Path(__file__).resolve().parent
-    page, points = (home / "README.md").read_text(), lib.read_lines(home / "runs.jsonl")
-    if not args.plots_only:
-        lines, out = run_all(lib.OUT / "quickstart/work"), lib.OUT / "quickstart"
-        lib.write_lines(out / "runs.jsonl", lines)
-        now = lib.write_report(out, page, SimpleNamespace(points=lines), tables, picture)
-        lib.compare(tables(SimpleNamespace(points=points)), now)
-        if not args.keep:
-            return
-        lib.write_lines(home / "runs.jsonl", lines)
-        points = lines
-    lib.write_report(home, page, SimpleNamespace(points=points), tables, picture)
-    print(f"quickstart: {len(points)} commands read from runs.jsonl")
+    found, merge = lambda lines: SimpleNamespace(points=lines), lambda committed, lines: lines
+    lib.report(__file__, argv, {}, run_all, found, merge, tables, picture)
 
 
 if __name__ == "__main__":

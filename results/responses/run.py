@@ -78,5 +78,9 @@ def picture(found):
     return figure
 
 
+def main(argv=None):
+    lib.main(__file__, PLAN, tables, picture, ToyWithOptimum(), argv)
+
+
 if __name__ == "__main__":
-    lib.main(__file__, PLAN, tables, picture, ToyWithOptimum())
+    main()

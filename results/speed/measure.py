@@ -67,16 +67,12 @@ def measure(command, threads, **flags):
 def measure_all(args, paths):
     """A line for every model, number of threads and program."""
     commands = {script: [sys.executable, script] for script in PEERS}
-    peers = (args.rloo_python, "trl_rloo.py"), (args.ppo_python, "trl_ppo.py")
-    commands |= {x: [y, f"results/speed/{z}"] for x, (y, z) in zip(PEERS.values(), peers) if y}
+    if args.trl_python:
+        commands[PEERS["p3o.py"]] = [args.trl_python, "results/speed/trl_rloo.py"]
     lines = []
     for model, threads in [(model, threads) for model in args.models for threads in THREADS[model]]:
         B, length, steps = SIZES[model]
-        flags = {
-            "model": paths[model]["model"],
-            "reward_model": paths[model]["reward_model"],
-            "device": "cpu",
-        }
+        flags = {x: paths[model][x] for x in ("model", "reward_model")} | {"device": "cpu"}
         flags |= {"dataset": paths[model]["prompts"], "steps": steps, "response_length": length, "epochs": 2}
         flags |= {"prompts_per_step": B, "minibatch_size": B // 2, "micro_batch_size": B // 2}
         found = {program: [] for program in commands}
