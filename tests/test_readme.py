@@ -47,7 +47,9 @@ def test_commands_and_flags():
 
 def test_every_flag_in_the_text_belongs_to_a_script():
     fields = {f.name for s in SCRIPTS for f in dataclasses.fields(importlib.import_module(s).Args)}
-    texts = [(ROOT / "results" / x).read_text() for x in ("lib.py", "toy_task.py", "language/film_reviews.py")]
+    texts = [
+        (ROOT / "results" / x).read_text() for x in ("lib.py", "toy_task.py", "language/film_reviews.py")
+    ]
     fields |= set(re.findall(r'"(\w+)"(?:\] =|:) \{"', "".join(texts)))
     text = "\n".join(line for line in README.splitlines() if not line.strip().startswith("accelerate launch"))
     flags = set(re.findall(r"--(\w+)", text)) - {"help"}
