@@ -140,8 +140,8 @@ def test_updates_are_those_of_p3o(clipping, K, temperature, chain, tmp_path, mon
 
 
 def test_rloo_of_trl_does_the_work_it_is_compared_by(chain, tmp_path, monkeypatch):
-    """results/trl/rloo.py: its first update, of two responses to each prompt, is the pairwise gradient's."""
-    peer, seen = load(ROOT / "results/trl/rloo.py"), []
+    """results/speed/trl_rloo.py: its first update, of two responses to each prompt, is the pairwise gradient's."""
+    peer, seen = load(ROOT / "results/speed/trl_rloo.py"), []
     monkeypatch.setattr(peer.Trainer, "_generate_single_turn", fixed_responses(seen))
     before = peer.Trainer.train
     monkeypatch.setattr(peer.Trainer, "train", lambda self: other_reference(self.ref_model) or before(self))
