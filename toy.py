@@ -5,7 +5,7 @@
 takes a few seconds on one CPU core and downloads nothing; its last line:
     wrote model and rows (19000 sft, 22000 preferences, 2816 prompts) to data/toy (seed 0)
 
-model/                                      a tokenizer, the config of a 0.4M-parameter GPT-2, no weights
+model/                                      a tokenizer and an untrained GPT-2 of 0.4M parameters
 sft/{train,validation,test}.jsonl           {"prompt", "completion"}
 preferences/{train,validation,test}.jsonl   {"prompt", "chosen", "rejected"}
 prompts/{train,validation,test}.jsonl       {"prompt"}
@@ -32,8 +32,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import NormalDist
 
+import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import GPT2Config, HfArgumentParser, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, HfArgumentParser, PreTrainedTokenizerFast, logging
 
 
 @dataclass
@@ -216,8 +217,8 @@ def make_rows(kind: str, requests: list[tuple], count: int, rng: random.Random) 
     return rows
 
 
-def make_model() -> tuple[PreTrainedTokenizerFast, GPT2Config]:
-    """The tokenizer, one token a word, and the config of the policy."""
+def make_model(seed: int) -> tuple[PreTrainedTokenizerFast, GPT2LMHeadModel]:
+    """The tokenizer, which has one token a word, and an untrained model with random weights."""
     texts = [" ".join(OPENINGS + ENDINGS).replace("{}", "")] + [" ".join(words) for words in CLASSES.values()]
     vocabulary = ["<pad>", "<eos>", "<unk>"] + sorted({word for text in texts for word in split_words(text)})
     words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
@@ -229,14 +230,16 @@ def make_model() -> tuple[PreTrainedTokenizerFast, GPT2Config]:
     sizes = dict(vocab_size=len(vocabulary), n_positions=64, n_embd=128, n_layer=2, n_head=4)
     dropouts = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, summary_first_dropout=0.0)
     ids = dict(pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None)
-    # With the default of 0.02 so narrow a model takes far longer to learn to copy from the prompt.
     fused = dict(activation_function="gelu_pytorch_tanh")  # GPT-2's own, in one operation for eight
-    return tokenizer, GPT2Config(**sizes, **dropouts, **ids, **fused, initializer_range=0.06)
+    # With the default range of 0.02, so narrow a model takes far longer to learn to copy from the prompt.
+    config = GPT2Config(**sizes, **dropouts, **ids, **fused, initializer_range=0.06)
+    torch.manual_seed(seed)
+    return tokenizer, GPT2LMHeadModel(config)
 
 
 def build(folder: Path, seed: int) -> None:
     """Writes every file of the task into an empty folder; args.json lists them."""
-    for part in make_model():
+    for part in make_model(seed):
         part.save_pretrained(folder / "model")
     asked = [(place, aspect) for place in PLACES for aspect in ASPECTS]
     templates = [f"{opening} {ending}" for opening in OPENINGS for ending in ENDINGS]
@@ -291,6 +294,7 @@ def main(args: Args) -> None:
             fail(f"{args.output_dir} is incomplete or of another seed ({written['seed']}); add --overwrite")
         print(f"nothing to do: {args.output_dir} already holds this data (seed {args.seed})")
         return
+    logging.disable_progress_bar()  # transformers would show one for the model
     beside = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     try:
         (beside / "new").mkdir(parents=True)

@@ -326,7 +326,8 @@ def test_seeds_differ(tmp_path, monkeypatch):
         toy.main(toy.Args(output_dir=str(tmp_path / str(seed)), seed=seed))
     first, second = contents(tmp_path / "0"), contents(tmp_path / "1")
     same = {name for name in first if first[name] == second[name]}
-    assert same == {"model/config.json", "model/tokenizer.json", "model/tokenizer_config.json"}
+    fixed = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
+    assert same == {f"model/{name}" for name in fixed}
 
 
 def test_folders_load_with_datasets(folder, rows, tmp_path):
@@ -378,18 +379,22 @@ def test_tokenizer(tokenizer):
     assert len(toy.CLASS) == sum(len(words) for words in toy.CLASSES.values())  # one class a word
 
 
-def test_config_builds_a_small_model_without_dropout(folder, tokenizer):
-    from transformers import AutoConfig, AutoModelForCausalLM
+def test_the_untrained_model_is_small_and_without_dropout(folder, tokenizer):
+    import torch
+    from transformers import AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(folder / "model")
-    model = AutoModelForCausalLM.from_config(config)
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    config = model.config
     assert type(model).__name__ == "GPT2LMHeadModel"
     assert 400_000 < sum(weights.numel() for weights in model.parameters()) < 600_000
     assert [config.resid_pdrop, config.embd_pdrop, config.attn_pdrop, config.summary_first_dropout] == [0] * 4
     assert (config.n_layer, config.n_head, config.n_positions) == (2, 4, 64)
     assert (config.pad_token_id, config.eos_token_id) == (tokenizer.pad_token_id, tokenizer.eos_token_id)
     assert config.vocab_size == len(tokenizer)
-    assert not list((folder / "model").glob("*.safetensors")) + list((folder / "model").glob("*.bin"))
+    torch.manual_seed(0)  # the seed of the folder: the weights are those that transformers draws after it
+    again = AutoModelForCausalLM.from_config(config).state_dict()
+    assert all(torch.equal(value, again[name]) for name, value in model.state_dict().items())
+    assert model.transformer.wte.weight.std().item() == pytest.approx(0.06, rel=0.02)
 
 
 def test_labels_are_bradley_terry_on_the_gold_reward(rows):
