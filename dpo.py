@@ -78,7 +78,7 @@ def dpo_loss(logp_chosen_seq, logp_rejected_seq, ref_chosen_seq, ref_rejected_se
     """-log sigmoid(beta [log(pi / pi_SFT)(y_w|x) - log(pi / pi_SFT)(y_l|x)]), a mean over pairs [DPO, eq. 7].
 
     All log-probs are (B,), in nats per response, and those called ref are the SFT model's. beta is typically
-    0.1 to 0.5. Returns the loss () and means over the pairs: "margin", what the sigmoid is of; "accuracy",
+    0.1 to 0.5. Returns the loss () and means over the pairs: "margin", the sigmoid's argument; "accuracy",
     the share of margins above 0, where 0 counts half; "logp_chosen" and "logp_rejected", which may both fall
     while the margin grows. Raises ValueError if the shapes differ.
     """
