@@ -1,11 +1,11 @@
 """How does P3O compare with RLOO, GRPO, Dr. GRPO, PPO and online DPO, at equal samples and at equal seconds?
 
     python results/relatives/run.py --plots_only     tables and picture from runs.jsonl
-    python results/relatives/run.py                  trains and measures everything again, where trl is installed
+    python results/relatives/run.py                  trains and measures everything again; needs trl
 
-Every method starts from the same SFT model and reward model. Its learning rate is the best of three on seed 0.
-With K responses to a prompt a rollout has 128 responses, so that 60 steps sample 7,680. For equal seconds each
-method does as many steps as fit into the time of 60 steps of PPO, by the seconds in SECONDS.
+Every method starts from the same SFT model and reward model. Its learning rate is the best of three on seed
+0. With K responses to a prompt a rollout has 128 responses, so that 60 steps sample 7,680. For equal seconds
+each method does as many steps as fit into the time of 60 steps of PPO, by the seconds in SECONDS.
 """
 
 import sys

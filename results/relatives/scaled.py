@@ -1,6 +1,6 @@
 """p3o.py with every score multiplied by a number: a problem with the same solution if beta is multiplied too.
 
-    python results/relatives/scaled.py --reward_scale 4 --beta 2    after the quick start; flags of p3o.py
+python results/relatives/scaled.py --reward_scale 4 --beta 2    after the quick start; flags of p3o.py
 """
 
 import sys

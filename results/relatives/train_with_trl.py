@@ -3,8 +3,8 @@
     pip install -r requirements.txt -r examples/requirements.txt
     python results/relatives/train_with_trl.py --method grpo --output_dir out/grpo    after the quick start
 
-It takes the flags of p3o.py, adds --method and --reward_scale, and writes a run folder that evaluate.py reads.
-The clip, the advantages and the place of the KL are TRL's own. --resume, --clipping and
+It takes the flags of p3o.py, --method and --reward_scale. It writes a run folder that evaluate.py reads. The
+clip, the advantages and the place of the KL are TRL's own. --resume, --clipping and
 --max_importance_weight are ignored, and a run is not evaluated while it goes.
 Prompts are taken literally and positions count real tokens, because TRL would start behind without that.
 """

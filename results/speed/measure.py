@@ -68,7 +68,7 @@ def measure_all(args, paths):
     """A line for every model, number of threads and program."""
     commands = {script: [sys.executable, script] for script in PEERS}
     if args.trl_python:
-        commands[PEERS["p3o.py"]] = [args.trl_python, "results/relatives/train_with_trl.py", "--method", "rloo"]
+        commands[PEERS["p3o.py"]] = [args.trl_python, *lib.METHODS["RLOO of TRL"].script.split()]
     lines = []
     for model, threads in [(model, threads) for model in args.models for threads in THREADS[model]]:
         B, length, steps = SIZES[model]
