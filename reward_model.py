@@ -56,10 +56,10 @@ class Args:
     prompt_length: int = flag(32, "longest prompt in tokens; pairs with longer ones are left out")
     response_length: int = flag(24, "longest response in tokens, EOS included; longer ones are left out")
     max_grad_norm: float = flag(1.0, "largest norm of the gradient; a longer gradient is scaled down to it")
-    eval_every: int = flag(125, "steps between evaluations; the first and the last step have one too")
+    eval_every: int = flag(125, "steps between evaluations; there is one at step 0 and at the end")
     eval_rows: int = flag(1000, "number of held-out pairs to evaluate on")
-    save_every: int = flag(100, "steps between checkpoints; the first and the last step have one too")
-    resume: bool = flag(False, "continue from the last checkpoint in output_dir, if there is one")
+    save_every: int = flag(100, "steps between checkpoints; there is one at step 0 and at the end")
+    resume: bool = flag(False, "continue from the last checkpoint in output_dir, with the same flags")
     overwrite: bool = flag(False, "start again in an output_dir that already holds a run")
 
 
@@ -130,7 +130,9 @@ def read_score(model, prompt_ids, prompt_mask, response_ids, response_mask):
     hidden = model.base_model(**inputs, use_cache=False).last_hidden_state.float()  # (N, P + R, D)
     with torch.autocast(hidden.device.type, enabled=False):  # a bfloat16 head would round scores by up to 1%
         scores = model.score(hidden[:, prompt_ids.shape[1] - 1 :]).squeeze(-1)  # (N, 1 + R)
-    return scores.gather(1, response_mask.sum(1, keepdim=True)).squeeze(1)  # by position: pad may equal EOS
+    return scores.gather(1, response_mask.sum(1, keepdim=True)).squeeze(
+        1
+    )  # by position, as pad may equal EOS
 
 
 # ------------------------------------------------------------------------------------------- data and models
@@ -143,7 +145,7 @@ def check(condition, message):
 def load_tokenizer(args):
     """Loads the model's tokenizer and checks that its EOS is the token that ends a turn in the data set."""
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # safe, because masks go by position
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # safe: no mask looks for this token
     eos, record = tokenizer.eos_token, Path(args.dataset, "data.json")  # data.py writes this file
     end = json.loads(record.read_text())["eos_token"] if record.exists() else eos
     check(eos and eos == end, f"{args.model} has EOS {eos!r}, {args.dataset} has {end!r}; run sft.py first")
@@ -183,7 +185,10 @@ def read_rows(name, splits, columns, tokenizer, args):
 
 def data_order(num_rows, size, step, seed):
     """The row numbers for step 1, 2, ... Each pass is shuffled by a seed, so there is no state to save."""
-    first, last = (step - 1) * size // num_rows, (step * size - 1) // num_rows  # passes over the data
+    first, last = (
+        (step - 1) * size // num_rows,
+        (step * size - 1) // num_rows,
+    )  # the passes that this step touches
     generators = [torch.Generator().manual_seed(seed * 10**6 + i) for i in range(first, last + 1)]
     order = torch.cat([torch.randperm(num_rows, generator=generator) for generator in generators])
     return order[(step - 1) * size - first * num_rows :][:size].tolist()
@@ -200,9 +205,9 @@ def load_model(auto_class, name, tokenizer, args, may_lack=(), **options):
     check(not unread, f"{name} holds {unread[:3]}, which would be ignored; merge or remove them first")
     rows, highest = model.get_input_embeddings().num_embeddings, max(tokenizer.get_vocab().values())
     check(highest < rows, f"{name} has {rows} embeddings, too few for token id {highest}; resize them")
-    length = args.prompt_length + args.response_length
-    limit = getattr(model.config, "max_position_embeddings", None) or length
-    check(length <= limit, f"{name} takes at most {limit} tokens; lower --prompt_length or --response_length")
+    limit = getattr(model.config, "max_position_embeddings", None) or math.inf
+    fitting = args.prompt_length + args.response_length <= limit
+    check(fitting, f"{name} takes at most {limit} tokens; lower --prompt_length or --response_length")
     return model.eval().to(args.device)
 
 
@@ -271,21 +276,21 @@ def evaluate_pairs(step, model, rows, tokenizer, args):
 def check_args(args, may_be_zero):
     """Checks that numbers are in range and that the output folder is free or holds a run to go on with."""
     check(os.environ.get("WORLD_SIZE", "1") == "1", "this script is one process; see examples/ for several")
+    folder = Path(args.output_dir)
     for name, value in vars(args).items():
         in_range = type(value) not in (int, float) or value > 0 or (value == 0 and name in may_be_zero)
         check(in_range, f"--{name} {value} is out of range; give a larger number")
-    folder = Path(args.output_dir)
+        names_input = name in ("model", "reward_model", "dataset") and value
+        inside = names_input and Path(value).resolve().is_relative_to(folder.resolve())
+        check(not inside, f"--{name} lies inside --output_dir; give another --output_dir")
     check(folder.is_dir() or not os.path.lexists(folder), f"{folder} is no folder; give another --output_dir")
     is_run = (folder / "args.json").exists() and args.resume != args.overwrite
     free = is_run or not any(folder.glob("*"))
-    check(free, f"{folder} is not empty; --resume or --overwrite the run in it, or give another --output_dir")
-    for name in {"model", "reward_model", "dataset"} & vars(args).keys():
-        inside = Path(str(getattr(args, name))).resolve().is_relative_to(folder.resolve())
-        check(not inside, f"--{name} lies inside --output_dir; give another --output_dir")
+    check(free, f"{folder} is not empty; --resume or --overwrite its run, or give another --output_dir")
 
 
 def open_run(model, optimizer, args):
-    """Takes the output folder. Returns the checkpoint to --resume from, or a new one whose step is -1."""
+    """Claims the output folder. Returns the checkpoint to --resume from, or a new one whose step is -1."""
     folder, checkpoint = Path(args.output_dir), {"step": -1, "log_size": 0}
     if args.resume and (folder / "checkpoint.pt").exists():
         checkpoint = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
@@ -297,12 +302,12 @@ def open_run(model, optimizer, args):
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
     folder.mkdir(parents=True, exist_ok=True)
-    taken = (folder / "args.json").exists() and not (args.resume or args.overwrite)
-    check(not taken, f"another run has just taken {folder}; give another --output_dir")
+    begun = (folder / "args.json").exists() and not (args.resume or args.overwrite)
+    check(not begun, f"another run has just begun in {folder}; give another --output_dir")
     with open(folder / "args.json", "w" if args.resume or args.overwrite else "x") as file:
         json.dump({"args": vars(args)}, file, indent=2)
     old_files = [] if checkpoint["step"] >= 0 else ["checkpoint.pt", "config.json", "samples_*.jsonl"]
-    for pattern in [*old_files, "**/.tmp*"]:  # a kill leaves .tmp files behind while safetensors writes
+    for pattern in [*old_files, "**/.tmp*"]:  # a kill while safetensors writes leaves .tmp files
         for file in folder.glob(pattern):
             file.unlink()
     with open(folder / "metrics.jsonl", "a") as log:
