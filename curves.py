@@ -51,9 +51,7 @@ def main(args):
     runs = args.runs or [str(path.parent) for path in sorted(Path("out").glob("*/metrics.jsonl"))]
     metrics = {run: read_metrics(run) for run in runs}
     found = [run for run in runs if any({"kl", "eval_kl"} & row.keys() for row in metrics[run])]
-    check(
-        found and set(args.runs) <= set(found), f"no policy was trained in {args.runs or 'out'}; run p3o.py"
-    )
+    check(found and set(args.runs) <= set(found), f"{args.runs or 'out'} holds no policy; run p3o.py first")
     figure = Figure(figsize=(13, 7.5), layout="constrained")
     for axis, (title, (x, y)) in zip(figure.subplots(2, 3).flat, PANELS.items()):
         for i, run in enumerate(found):

@@ -222,8 +222,7 @@ def policy_numbers(own, sft, texts, curves):
         numbers |= {name: value, f"{name}_low": low, f"{name}_high": high}
     error = (kl_sampled - kl).std(correction=0).item() / math.sqrt(len(kl))
     numbers["kl_difference"] = (kl_sampled - kl).mean().item() / error if error > 1e-9 else 0.0
-    numbers["response_length"] = own["length"].mean().item()
-    numbers["eos_rate"] = own["ended"].mean().item()
+    numbers |= {"response_length": own["length"].mean().item(), "eos_rate": own["ended"].mean().item()}
     numbers["perplexity"] = math.exp(-own["logp_sft"].sum() / own["length"].sum())
     pairs = [pair for words in map(str.split, texts) for pair in zip(words, words[1:])]
     return numbers | {"distinct_2": len(set(pairs)) / max(len(pairs), 1)}
@@ -237,8 +236,9 @@ def summarize(policies, S):
         columns = {key: [row[key] for row in rows] for key in (*rewards, "kl_exact", "length", "ended")}
         columns |= {key: [row["logp"][x] for row in rows] for key, x in (("logp", name), ("logp_sft", "sft"))}
         columns["logps"] = [[row["logp"][other] for other in policies] for row in rows]
-        data[name] = {key: torch.tensor(x).double().unflatten(0, (-1, S)) for key, x in columns.items()}
-        finite = all(column.isfinite().all() for column in data[name].values())
+        columns = {key: torch.tensor(column, dtype=torch.float64) for key, column in columns.items()}
+        data[name] = {key: column.unflatten(0, (-1, S)) for key, column in columns.items()}  # (P, S[, A])
+        finite = all(column.isfinite().all() for column in columns.values())
         check(finite, f"a number of {name} is not finite; run evaluate.py --overwrite without this policy")
     pool = {key: torch.cat([own[key] for own in data.values()], 1) for key in (*rewards, "logps")}  # (P, N)
     frontier, curves = draw_optimum(pool["reward"], pool["logps"], pool.get("gold_reward"))
@@ -259,19 +259,18 @@ def summarize(policies, S):
 # ------------------------------------------------------------------------------------------------ the report
 def findings(summary):
     """Sentences about each policy, about how far the optimum is known, and about what looks wrong."""
-    end = (summary["optimal_frontier"] or [dict.fromkeys(("kl", "ess", "ess_min"), 0.0)])[-1]
-    known = f"The optimum is known up to KL {end['kl']:.2f} nats/response. There the effective sample size is"
-    lines = [f"{known} {end['ess']:.0f}, and {end['ess_min']:.0f} at the worst prompt."]
+    lines = [] if summary["optimal_frontier"] else ["The optimum is not known. Take more samples per prompt."]
+    for end in summary["optimal_frontier"][-1:]:
+        known = (
+            f"The optimum is known up to KL {end['kl']:.2f} nats/response. There the effective sample size is"
+        )
+        lines.append(f"{known} {end['ess']:.0f}, and {end['ess_min']:.0f} at the worst prompt.")
     for name, own in summary["policies"].items():
         if (own["frontier_efficiency_low"] or 0) > 1:
             lines.append(f"WARNING: {name} is above the optimum, which is impossible. Take more samples.")
         if abs(own["kl_difference"]) > 4:
-            apart = (
-                f"{abs(own['kl_difference']):.1f} standard errors apart. Take more samples, or look for a bug"
-            )
-            lines.append(
-                f"WARNING: {name}: the exact KL and that from log-probs are {apart} in the sampling."
-            )
+            apart = f"{abs(own['kl_difference']):.1f} standard errors apart"
+            lines.append(f"WARNING: {name}: exact and sampled KL are {apart}. The sampling may have a bug.")
     for name, own in list(summary["policies"].items())[1:]:
         gain, share = f"gain {own['reward_gain']:.2f} over the SFT model", own["frontier_efficiency"]
         best = "not known how much is possible" if share is None else f"{share:.0%} of what is possible"
