@@ -4,7 +4,7 @@ More reward can always be bought with more KL. The optimum of E[r] - beta KL(pi 
 form. Its reward against its KL, drawn for all beta, is a curve that no policy exceeds.
 
     python evaluate.py && python frontier.py      # frontier.py loads no model and takes seconds; it ends with
-    p3o: gain 2.13 over the SFT model, reward 2.139 at KL 1.30 nats/response, 95% of the best gain at this KL
+    p3o: gain 2.13 over the SFT model, 96% of what is possible at its KL, 1.28 nats/response; reward 2.139
     out/evaluation: summary.json, report.md, frontier.png
 
     optimum       pi*(y|x) ~ pi_SFT(y|x) exp(r(x, y) / beta)  [Ziegler et al. 2019]    gibbs_frontier
@@ -173,16 +173,16 @@ def read_answers(folder):
         for row in rows:
             policies[row["policy"]].append(row)
         asked = [i for i in range(settings["num_prompts"]) for _ in range(settings["samples_per_prompt"])]
-        complete = all([row["prompt_id"] for row in own] == asked for own in policies.values())
+        complete = all([row["prompt_id"] for row in part] == asked for part in policies.values())
     except (ValueError, KeyError, TypeError):  # half a line, for example, or a file of another program
         complete = False
     check(complete, f"{path} lacks a line, or has one twice; make it again with evaluate.py --overwrite")
     return policies, settings
 
 
-def show(x, low=None, high=None):
+def show(number, low=None, high=None):
     """A number and its interval as text. A dash stands for None."""
-    text = "-" if x is None else f"{x:.3f}"
+    text = "-" if number is None else f"{number:.3f}"
     return text if low is None else f"{text} [{low:.3f}, {high:.3f}]"
 
 
@@ -208,12 +208,12 @@ def draw_optimum(reward, logp, gold=None):
     return [row | {"ess_min": ess} for row, ess in zip(rows, curves["ess"].amin(0).tolist())], curves
 
 
-def policy_numbers(own, sft, texts, curves):
-    """The numbers of one policy for summary.json. own and sft hold columns of answers.jsonl, (P, S) each."""
-    mean, mean_sft = ({name: values.mean(1) for name, values in data.items()} for data in (own, sft))  # (P,)
+def policy_numbers(data, sft, texts, curves):
+    """The numbers of one policy for summary.json. data and sft hold columns of answers.jsonl, (P, S) each."""
+    mean, mean_sft = ({name: values.mean(1) for name, values in part.items()} for part in (data, sft))  # (P,)
     kl, kl_sampled = mean["kl_exact"], mean["logp"] - mean["logp_sft"]
     values = {"kl": kl, "kl_sampled": kl_sampled}
-    for name in [name for name in GAINS if name in own]:
+    for name in [name for name in GAINS if name in data]:
         values |= {name: mean[name], GAINS[name]: mean[name] - mean_sft[name]}
     estimates = {name: bootstrap(lambda share: share @ values[name], len(kl)) for name in values}
     estimates |= efficiency(mean["reward"], mean_sft["reward"], kl, curves["kl"], curves["reward"])
@@ -222,8 +222,8 @@ def policy_numbers(own, sft, texts, curves):
         numbers |= {name: value, f"{name}_low": low, f"{name}_high": high}
     error = (kl_sampled - kl).std(correction=0).item() / math.sqrt(len(kl))
     numbers["kl_difference"] = (kl_sampled - kl).mean().item() / error if error > 1e-9 else 0.0
-    numbers |= {"response_length": own["length"].mean().item(), "eos_rate": own["ended"].mean().item()}
-    numbers["perplexity"] = math.exp(-own["logp_sft"].sum() / own["length"].sum())
+    numbers |= {"response_length": data["length"].mean().item(), "eos_rate": data["ended"].mean().item()}
+    numbers["perplexity"] = math.exp(-data["logp_sft"].sum() / data["length"].sum())
     pairs = [pair for words in map(str.split, texts) for pair in zip(words, words[1:])]
     return numbers | {"distinct_2": len(set(pairs)) / max(len(pairs), 1)}
 
@@ -234,17 +234,18 @@ def summarize(policies, S):
     data = {}
     for name, rows in policies.items():
         columns = {key: [row[key] for row in rows] for key in (*rewards, "kl_exact", "length", "ended")}
-        columns |= {key: [row["logp"][x] for row in rows] for key, x in (("logp", name), ("logp_sft", "sft"))}
+        columns["logp"] = [row["logp"][name] for row in rows]
+        columns["logp_sft"] = [row["logp"]["sft"] for row in rows]
         columns["logps"] = [[row["logp"][other] for other in policies] for row in rows]
         columns = {key: torch.tensor(column, dtype=torch.float64) for key, column in columns.items()}
         data[name] = {key: column.unflatten(0, (-1, S)) for key, column in columns.items()}  # (P, S[, A])
         finite = all(column.isfinite().all() for column in columns.values())
         check(finite, f"a number of {name} is not finite; run evaluate.py --overwrite without this policy")
-    pool = {key: torch.cat([own[key] for own in data.values()], 1) for key in (*rewards, "logps")}  # (P, N)
+    pool = {key: torch.cat([part[key] for part in data.values()], 1) for key in (*rewards, "logps")}  # (P, N)
     frontier, curves = draw_optimum(pool["reward"], pool["logps"], pool.get("gold_reward"))
     sft, numbers, best = data["sft"], {}, []
-    for name, own in data.items():
-        numbers[name] = policy_numbers(own, sft, [row["response"] for row in policies[name]], curves)
+    for name, columns in data.items():
+        numbers[name] = policy_numbers(columns, sft, [row["response"] for row in policies[name]], curves)
     for name, (a, b) in product(rewards, permutations(data, 2)):
         wins, ties = cross_wins(data[a][name], data[b][name])  # (P,)
         rate = bootstrap(lambda share: share @ wins, len(wins))
@@ -265,17 +266,17 @@ def findings(summary):
             f"The optimum is known up to KL {end['kl']:.2f} nats/response. There the effective sample size is"
         )
         lines.append(f"{known} {end['ess']:.0f}, and {end['ess_min']:.0f} at the worst prompt.")
-    for name, own in summary["policies"].items():
-        if (own["frontier_efficiency_low"] or 0) > 1:
+    for name, numbers in summary["policies"].items():
+        if (numbers["frontier_efficiency_low"] or 0) > 1:
             lines.append(f"WARNING: {name} is above the optimum, which is impossible. Take more samples.")
-        if abs(own["kl_difference"]) > 4:
-            apart = f"{abs(own['kl_difference']):.1f} standard errors apart"
+        if abs(numbers["kl_difference"]) > 4:
+            apart = f"{abs(numbers['kl_difference']):.1f} standard errors apart"
             lines.append(f"WARNING: {name}: exact and sampled KL are {apart}. The sampling may have a bug.")
-    for name, own in list(summary["policies"].items())[1:]:
-        gain, share = f"gain {own['reward_gain']:.2f} over the SFT model", own["frontier_efficiency"]
+    for name, numbers in list(summary["policies"].items())[1:]:
+        gain, share = f"gain {numbers['reward_gain']:.2f} over the SFT model", numbers["frontier_efficiency"]
         best = "not known how much is possible" if share is None else f"{share:.0%} of what is possible"
-        level = f"reward {own['reward']:.3f} at KL {own['kl']:.2f} nats/response"
-        lines.append(f"{name}: {gain}, {best} at this KL; {level}")
+        level = f"{numbers['kl']:.2f} nats/response; reward {numbers['reward']:.3f}"
+        lines.append(f"{name}: {gain}, {best} at its KL, {level}")
     return lines
 
 
@@ -289,10 +290,10 @@ def markdown_table(rows):
 def win_table(numbers, prefix=""):
     """The win rate of each policy, a row, against each other policy, a column, and their ties."""
     rows = [["win rate against", *numbers]]
-    for a, own in numbers.items():
-        rates, ties = own[f"{prefix}win_rate_vs"], own[f"{prefix}tie_rate_vs"]
-        texts = {b: f"{show(*rates[b])}, ties {show(ties[b])}" for b in rates}
-        rows.append([a, *(texts.get(b, "") for b in numbers)])
+    for name in numbers:
+        rates, ties = numbers[name][f"{prefix}win_rate_vs"], numbers[name][f"{prefix}tie_rate_vs"]
+        texts = {other: f"{show(*rates[other])}, ties {show(ties[other])}" for other in rates}
+        rows.append([name, *(texts.get(other, "") for other in numbers)])
     return markdown_table(rows)
 
 
@@ -302,10 +303,10 @@ def write_report(summary, policies, path):
     keys = "reward reward_gain gold_gain kl kl_sampled optimal_reward frontier_efficiency response_length"
     keys = [key for key in f"{keys} eos_rate perplexity distinct_2".split() if key in numbers["sft"]]
     rows, samples = [["policy", *keys]], [["prompt", *policies]]
-    for name, own in numbers.items():
-        rows.append([name, *(show(*(own.get(key + end) for end in ("", "_low", "_high"))) for key in keys)])
+    for name, part in numbers.items():
+        rows.append([name, *(show(*(part.get(key + end) for end in ("", "_low", "_high"))) for key in keys)])
     for first in range(0, len(policies["sft"]), settings["samples_per_prompt"])[:6]:
-        texts = [f"{own[first]['response']} ({own[first]['reward']:.2f})" for own in policies.values()]
+        texts = [f"{part[first]['response']} ({part[first]['reward']:.2f})" for part in policies.values()]
         samples.append([policies["sft"][first]["prompt"], *texts])
     units = (
         "KL is in nats per response, and kl_sampled is estimated from log-probs. The perplexity is the SFT"
@@ -329,7 +330,7 @@ TITLES = {"reward": "reward, which is trained on", "gold_reward": "gold reward, 
 def draw_panel(axis, key, summary):
     """Draws the gain over the SFT model against the KL: the optimum, best of n and the policies."""
     policies, gain, start = summary["policies"], GAINS[key], summary["policies"]["sft"][key]
-    right = 1.1 * max(1e-3, *(own["kl_high"] for own in policies.values()))
+    right = 1.1 * max(1e-3, *(numbers["kl_high"] for numbers in policies.values()))
     curves = summary["optimal_frontier"], summary["best_of_n"]
     optimum, best = ([point for point in curve if point["kl"] <= right] for curve in curves)
     kl, height = [x["kl"] for x in optimum], [x[key] - start for x in optimum]
@@ -337,12 +338,12 @@ def draw_panel(axis, key, summary):
     points = [x["kl"] for x in best], [x[key] - start for x in best]
     axis.plot(*points, "D:", color="#777777", ms=4, label="best of 1, 2, 4, ... (KL is an upper bound)")
     looks = zip(COLORS * len(policies), "so^vPXd" * len(policies))
-    for (name, own), (color, marker) in zip(policies.items(), looks):
-        bars = [[[abs(own[f"{x}_{end}"] - own[x])] for end in ("low", "high")] for x in ("kl", gain)]
-        share = own["frontier_efficiency"]
+    for (name, numbers), (color, marker) in zip(policies.items(), looks):
+        bars = [[[abs(numbers[f"{x}_{end}"] - numbers[x])] for end in ("low", "high")] for x in ("kl", gain)]
+        share = numbers["frontier_efficiency"]
         label = name if share is None else f"{name}: {share:.0%} of what is possible at its KL"
         style = {"fmt": marker, "color": color, "label": label, "clip_on": False}
-        axis.errorbar(own["kl"], own[gain], *bars[::-1], ms=6, mec="white", mew=0.6, **style)
+        axis.errorbar(numbers["kl"], numbers[gain], *bars[::-1], ms=6, mec="white", mew=0.6, **style)
     if key == "reward":
         low, high = axis.get_ylim()
         axis.fill_between(kl, height, high, color="black", alpha=0.07, lw=0)

@@ -105,16 +105,16 @@ def read_answers(folder):
         for row in rows:
             policies[row["policy"]].append(row)
         asked = [i for i in range(settings["num_prompts"]) for _ in range(settings["samples_per_prompt"])]
-        complete = all([row["prompt_id"] for row in own] == asked for own in policies.values())
+        complete = all([row["prompt_id"] for row in part] == asked for part in policies.values())
     except (ValueError, KeyError, TypeError):  # half a line, for example, or a file of another program
         complete = False
     check(complete, f"{path} lacks a line, or has one twice; make it again with evaluate.py --overwrite")
     return policies, settings
 
 
-def show(x, low=None, high=None):
+def show(number, low=None, high=None):
     """A number and its interval as text. A dash stands for None."""
-    text = "-" if x is None else f"{x:.3f}"
+    text = "-" if number is None else f"{number:.3f}"
     return text if low is None else f"{text} [{low:.3f}, {high:.3f}]"
 
 

@@ -209,9 +209,13 @@ def test_a_kill_leaves_the_old_answers_or_the_new(world, tmp_path):
 def test_what_is_no_folder_for_answers_is_refused_before_any_model_is_loaded(world, tmp_path):
     os.mkfifo(world / "out/fifo")
     (world / "out/link").symlink_to("nowhere")
+    (world / "out/mixed").mkdir()
+    for name in ("answers.jsonl", "args.json"):  # a run's folder, into which someone has put answers
+        (world / "out/mixed" / name).touch()
     for place, said in (
         ("out/p3o", "holds files of something else"),
         ("out/sft", "holds files of something else"),
+        ("out/mixed", "holds files of something else"),
         ("out/p3o/config.json", "is no folder"),
         ("out/fifo", "is no folder"),
         ("out/link", "is no folder"),
@@ -222,6 +226,7 @@ def test_what_is_no_folder_for_answers_is_refused_before_any_model_is_loaded(wor
         fails(world, "--overwrite", "--model", "no-model", "--output_dir", place, said=said)
     (world / "out/fifo").unlink()
     (world / "out/link").unlink()
+    shutil.rmtree(world / "out/mixed")
 
 
 # --------------------------------------------------------------------------------------------- runs and their settings

@@ -432,7 +432,7 @@ def test_it_writes_three_files_and_says_so(done):
     assert list(summary["policies"]) == ["sft", "a", "b"]
     a, end = summary["policies"]["a"], summary["optimal_frontier"][-1]
     said = f"a: gain {a['reward_gain']:.2f} over the SFT model, {a['frontier_efficiency']:.0%} of what is possible"
-    assert f"{said} at this KL; reward {a['reward']:.3f} at KL {a['kl']:.2f} nats/response\n" in printed
+    assert f"{said} at its KL, {a['kl']:.2f} nats/response; reward {a['reward']:.3f}\n" in printed
     sizes = f"{end['kl']:.2f} nats/response. There the effective sample size is {end['ess']:.0f}, and"
     assert f"up to KL {sizes} {end['ess_min']:.0f} at the worst prompt." in printed and "sft:" not in printed
 
@@ -561,10 +561,7 @@ def test_what_is_not_known_is_null_and_what_cannot_be_is_warned_of(tmp_path, cap
     policies, printed = read_summary(folder)["policies"], capsys.readouterr().out
     assert policies["far"]["optimal_reward"] is policies["far"]["frontier_efficiency"] is None
     assert policies["twin"]["frontier_efficiency"] is None is not policies["twin"]["optimal_reward"]
-    assert (
-        "over the SFT model, not known how much is possible at this KL; reward"
-        in printed.split("far: gain")[1]
-    )
+    assert "not known how much is possible at its KL, 40.00 nats/response" in printed.split("far: gain")[1]
     assert "WARNING: above is above the optimum" in printed and "WARNING: twin is" not in printed
     assert "WARNING: off: exact and sampled KL are" in printed and "WARNING: sft" not in printed
 

@@ -347,18 +347,20 @@ def test_every_answer_is_on_disk_soon(serve, tmp_path):
 
 
 HANGING = r"""
-import os, sys, time
+import itertools, os, time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+numbers = itertools.count()
 class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         self.rfile.read(int(self.headers["Content-Length"]))
-        os.write(1, b"asked\n")
-        if sys.argv[1] == "drip":
+        drips = next(numbers) % 2
+        if drips:
             self.send_response(200)
             self.end_headers()
+        os.write(1, b"asked\n")
         while True:
             time.sleep(0.1)
-            if sys.argv[1] == "drip":
+            if drips:
                 self.wfile.write(b" ")
     def log_message(self, *args): pass
 server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
@@ -367,11 +369,10 @@ server.serve_forever()
 """
 
 
-@pytest.mark.parametrize("kind", ["hang", "drip"])
-def test_ctrl_c_ends_the_program_whatever_the_server_does(tmp_path, kind):
-    """A process of its own that waits for a server which never answers, or which sends a byte now and then."""
+def test_ctrl_c_ends_the_program_whatever_the_server_does(tmp_path):
+    """A process of its own; of eight requests half are never answered, and half get a byte now and then."""
     write_answers(tmp_path, GOOD_AND_BAD)
-    server = subprocess.Popen([sys.executable, "-c", HANGING, kind], stdout=subprocess.PIPE, text=True)
+    server = subprocess.Popen([sys.executable, "-c", HANGING], stdout=subprocess.PIPE, text=True)
     url = f"http://127.0.0.1:{server.stdout.readline().strip()}/v1"
     command = [sys.executable, ROOT / "judge.py", "--input_dir", tmp_path, "--judge_base_url", url]
     options = {
@@ -381,11 +382,9 @@ def test_ctrl_c_ends_the_program_whatever_the_server_does(tmp_path, kind):
     try:
         for _ in range(8):
             assert server.stdout.readline() == "asked\n"
-        start = time.perf_counter()
         program.send_signal(signal.SIGINT)
         _, printed = program.communicate(timeout=20)
-        assert time.perf_counter() - start < 10 and program.returncode == -signal.SIGINT
-        assert "KeyboardInterrupt" in printed.splitlines()[-1]
+        assert program.returncode == -signal.SIGINT and "KeyboardInterrupt" in printed.splitlines()[-1]
     finally:
         program.kill()
         server.kill()
