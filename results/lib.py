@@ -76,7 +76,8 @@ SFT, OPTIMUM = ("SFT", "{}"), ("optimum", "{}")  # the keys of two lines that ar
 def name_of(one):
     """A folder name that no other run has."""
     parts = [f"{x}{y}" for x, y in one["flags"].items() if (x, y) not in METHODS[one["method"]].flags.items()]
-    return re.sub(r"[^\w.+-]", "-", "_".join([one["method"], *parts]))
+    name = re.sub(r"[^\w.+-]", "-", "_".join([one["method"], *parts]))
+    return name if len(name) < 80 else f"{name[:60]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def read_lines(path):

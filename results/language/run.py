@@ -66,11 +66,9 @@ def tables(found):
         parts = {"none": f"{STEPS} steps"} | {f"{x}x": f"{x}x" for x in OFFSETS}
         runs = {x: mean_of(found.pick(method=m, part=part, seed=1), found.sft) for x, part in parts.items()}
         for x in [x for x in runs if runs[x] and runs["none"]]:
-            change = bootstrap(
-                lambda share, x=x: share @ (runs[x]["objective"] - runs["none"]["objective"]), 64
-            )
+            change = cells({"change": runs[x]["objective"] - runs["none"]["objective"]})
             row = {"method": m, "offsets": x, "objective": cells(runs[x])["objective"]}
-            offsets.append(row | {"change": change if x != "none" else None})
+            offsets.append(row | (change if x != "none" else {"change": None}))
     source = lib.source(found, "bootstrap over prompts, for these very trainings")
     return {"source": source, "methods": methods, "differences": differences, "offsets": offsets}
 
