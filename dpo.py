@@ -415,7 +415,7 @@ def update_on_pairs(policy, optimizer, batch, minibatch, args):
 
 
 @torch.no_grad()
-def evaluate_pairs(step, policy, reference, rows, tokenizer, args):
+def evaluate_preferences(step, policy, reference, rows, tokenizer, args):
     """Metrics on held-out pairs. If no reward model is there for `evaluate`, the KL is measured here."""
     batch = read_pairs(reference, rows, tokenizer, args)
     metrics = pairs_loss(policy, batch, torch.arange(len(rows)), args)
@@ -492,7 +492,9 @@ def main(args):
     for step in bar:  # step 0 only evaluates and saves the SFT model
         metrics = dpo_step(step, *models, optimizer, train, tokenizer, args) if step > 0 else {}
         if step % args.eval_every == 0 or step == args.steps:
-            metrics |= {} if args.online else evaluate_pairs(step, *models[:2], held_out, tokenizer, args)
+            metrics |= (
+                {} if args.online else evaluate_preferences(step, *models[:2], held_out, tokenizer, args)
+            )
             metrics |= evaluate(step, *models, held_out, tokenizer, args) if reward else {}
         bar.set_postfix({name: f"{metrics[name]:.3f}" for name in ("loss", "accuracy") if name in metrics})
         with open(Path(args.output_dir, "metrics.jsonl"), "a") as log:

@@ -114,7 +114,9 @@ def read_score(model, prompt_ids, prompt_mask, response_ids, response_mask):
     hidden = model.base_model(**inputs, use_cache=False).last_hidden_state.float()  # (N, P + R, D)
     with torch.autocast(hidden.device.type, enabled=False):  # a bfloat16 head would round scores by up to 1%
         scores = model.score(hidden[:, prompt_ids.shape[1] - 1 :]).squeeze(-1)  # (N, 1 + R)
-    return scores.gather(1, response_mask.sum(1, keepdim=True)).squeeze(1)  # by position: pad may equal EOS
+    return scores.gather(1, response_mask.sum(1, keepdim=True)).squeeze(
+        1
+    )  # by position, as pad may equal EOS
 
 
 def token_rows(batch, rows):
@@ -133,7 +135,7 @@ def check(condition, message):
 def load_tokenizer(args):
     """Loads the model's tokenizer and checks that its EOS is the token that ends a turn in the data set."""
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # safe, because masks go by position
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # safe: no mask looks for this token
     eos, record = tokenizer.eos_token, Path(args.dataset, "data.json")  # data.py writes this file
     end = json.loads(record.read_text())["eos_token"] if record.exists() else eos
     check(eos and eos == end, f"{args.model} has EOS {eos!r}, {args.dataset} has {end!r}; run sft.py first")
@@ -170,8 +172,7 @@ def pad_rows(prompt_ids, response_ids, tokenizer, args):
 
 def load_model(auto_class, name, tokenizer, args, may_lack=(), **options):
     """Loads a model in float32 and in eval mode: with dropout the first importance ratio would not be 1."""
-    options |= {"dtype": torch.float32, "output_loading_info": True}
-    model, info = auto_class.from_pretrained(name, **options)
+    model, info = auto_class.from_pretrained(name, dtype=torch.float32, output_loading_info=True, **options)
     lacking = sorted(set(info["missing_keys"]) - set(may_lack))
     check(not lacking, f"{name} lacks the weights {lacking[:3]}; give a model that has them")
     other_heads = ("lm_head.", "embed_out.") if "num_labels" in options else ()
@@ -180,9 +181,9 @@ def load_model(auto_class, name, tokenizer, args, may_lack=(), **options):
     check(not unread, f"{name} holds {unread[:3]}, which would be ignored; merge or remove them first")
     rows, highest = model.get_input_embeddings().num_embeddings, max(tokenizer.get_vocab().values())
     check(highest < rows, f"{name} has {rows} embeddings, too few for token id {highest}; resize them")
-    length = args.prompt_length + args.response_length
-    limit = getattr(model.config, "max_position_embeddings", None) or length
-    check(length <= limit, f"{name} takes at most {limit} tokens; lower --prompt_length or --response_length")
+    limit = getattr(model.config, "max_position_embeddings", None) or math.inf
+    fitting = args.prompt_length + args.response_length <= limit
+    check(fitting, f"{name} takes at most {limit} tokens; lower --prompt_length or --response_length")
     return model.eval().to(args.device)
 
 
@@ -204,9 +205,9 @@ def autocast(args):
 def sample_batch(policy, rows, num_responses, tokenizer, args):
     """Samples K responses to each of B prompts. Returns a batch: a dict of tensors and lists of N rows."""
     rows = [row for row in rows for _ in range(num_responses)]
-    ids = {"input_ids": [row["prompt_ids"] for row in rows]}
-    prompt = tokenizer.pad(ids, padding_side="left", return_tensors="pt").to(args.device)
-    with autocast(args):
+    prompt_ids = {"input_ids": [row["prompt_ids"] for row in rows]}
+    prompt = tokenizer.pad(prompt_ids, padding_side="left", return_tensors="pt").to(args.device)
+    with autocast(args):  # main has set the temperature and the length in policy.generation_config
         ids = policy.generate(**prompt)[:, prompt["input_ids"].shape[1] :]  # (N, R)
     is_eos = ids == tokenizer.eos_token_id
     mask = is_eos.cumsum(1) - is_eos.int() == 0  # True up to and including the first EOS
@@ -217,9 +218,9 @@ def sample_batch(policy, rows, num_responses, tokenizer, args):
     return batch
 
 
-def compute_scores(reward, batch):
-    """Calls the reward function and checks that it returns N finite numbers, which it returns as a list."""
-    scores = reward(batch)
+def compute_scores(reward_function, batch):
+    """Calls the reward function, checks that it gives N finite numbers, and returns them as a list."""
+    scores = reward_function(batch)
     scores = scores.tolist() if hasattr(scores, "tolist") else scores
     complete = isinstance(scores, list) and len(scores) == len(batch["response"])
     check(complete, f"the reward is {scores!r:.50}; return a list of one number for each response")
@@ -319,7 +320,7 @@ def take_settings(recorded, args):
             setattr(args, name, values[0])
 
 
-def check_output(args):
+def check_answers_file(args):
     """Checks that answers.jsonl may be written, before any work is done."""
     folder = Path(args.output_dir)
     check(folder.is_dir() or not os.path.lexists(folder), f"{folder} is no folder; give another --output_dir")
@@ -353,7 +354,7 @@ def main(runs, args):
         check(in_range, f"--{name} {value} is out of range; give a larger number")
     folders, recorded = find_runs(runs)
     take_settings(recorded.values(), args)
-    check_output(args)
+    check_answers_file(args)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.backends.cuda.matmul.fp32_precision = "tf32"  # several times as fast, and precise enough
