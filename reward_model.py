@@ -258,7 +258,7 @@ def score_pairs(model, rows, tokenizer, args):
 
 
 @torch.no_grad()
-def evaluate_pairs(step, model, rows, tokenizer, args):
+def held_out_accuracy(step, model, rows, tokenizer, args):
     """The loss in nats per pair, the accuracy and the calibration error on held-out pairs."""
     rewards, size = [], args.micro_batch_size
     for first in range(0, len(rows), size):
@@ -378,7 +378,7 @@ def main(args):
     for step in bar:  # step 0 only evaluates and saves the model with its first score head
         metrics = train_step(step, *models, optimizer, train, tokenizer, args) if step > 0 else {}
         if step % args.eval_every == 0 or step == args.steps:
-            metrics |= evaluate_pairs(step, model, held_out, tokenizer, args)
+            metrics |= held_out_accuracy(step, model, held_out, tokenizer, args)
         bar.set_postfix({name: f"{metrics[name]:.3f}" for name in ("loss", "accuracy") if name in metrics})
         with open(Path(args.output_dir, "metrics.jsonl"), "a") as log:
             log.write(json.dumps({"step": step, **metrics}) + "\n")
