@@ -76,8 +76,7 @@ def calibration_error(difference, bins=5):
     """The expected calibration error: is the model right about 80% of the pairs of which it is 80% sure?
 
     difference (M,) is r(x, y_w) - r(x, y_l). Pairs are put into bins by how sure the model is of the response
-    with the higher reward. In each bin, the error is |mean probability - share of right pairs|. Returns the
-    mean over the pairs.
+    with the higher reward. A bin's error is |mean probability - share of right pairs|. The mean counts pairs.
     """
     sure = difference.abs().sigmoid().double()  # (M,)
     right = (difference.sign().double() + 1) / 2  # a tie is half right: (M,)
@@ -339,7 +338,7 @@ def train_step(step, model, language_model, optimizer, train, tokenizer, args):
         part = rows[first : first + args.micro_batch_size]
         reward_chosen, reward_rejected, batch = score_pairs(model, part, tokenizer, args)
         loss = bradley_terry_loss(reward_chosen, reward_rejected, args.margin) * len(part) / len(rows)
-        if language_model:
+        if language_model:  # add the loss per token of the chosen responses
             chosen = {name: tokens[: len(part)] for name, tokens in batch.items()}
             with autocast(args):
                 loss = loss - args.lm_coef * response_logps(language_model, **chosen).sum() / chosen_tokens
