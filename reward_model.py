@@ -76,7 +76,7 @@ def calibration_error(difference, bins=5):
     """The expected calibration error: is the model right about 80% of the pairs of which it is 80% sure?
 
     difference (M,) is r(x, y_w) - r(x, y_l). Pairs are put into bins by how sure the model is of the response
-    with the higher reward. A bin's error is |mean probability - share of right pairs|. The mean counts pairs.
+    with the higher reward. Returns |mean probability - share of right pairs| of the bin, averaged over pairs.
     """
     sure = difference.abs().sigmoid().double()  # (M,)
     right = (difference.sign().double() + 1) / 2  # a tie is half right: (M,)
