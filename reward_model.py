@@ -76,8 +76,7 @@ def calibration_error(difference, bins=5):
     """The expected calibration error: is the model right about 80% of the pairs of which it is 80% sure?
 
     difference (M,) is r(x, y_w) - r(x, y_l). Pairs are put into bins by how sure the model is of the response
-    with the higher reward. In each bin, the error is |mean probability - share of right pairs|. Returns the
-    mean over the pairs.
+    with the higher reward. Returns |mean probability - share of right pairs| of the bin, averaged over pairs.
     """
     sure = difference.abs().sigmoid().double()  # (M,)
     right = (difference.sign().double() + 1) / 2  # a tie is half right: (M,)
@@ -251,7 +250,7 @@ def score_pairs(model, rows, tokenizer, args):
 
 
 @torch.no_grad()
-def evaluate_pairs(step, model, rows, tokenizer, args):
+def held_out_accuracy(step, model, rows, tokenizer, args):
     """The loss in nats per pair, the accuracy and the calibration error on held-out pairs."""
     rewards, size = [], args.micro_batch_size
     for first in range(0, len(rows), size):
@@ -332,7 +331,7 @@ def train_step(step, model, language_model, optimizer, train, tokenizer, args):
         part = rows[first : first + args.micro_batch_size]
         reward_chosen, reward_rejected, batch = score_pairs(model, part, tokenizer, args)
         loss = bradley_terry_loss(reward_chosen, reward_rejected, args.margin) * len(part) / len(rows)
-        if language_model:
+        if language_model:  # add the loss per token of the chosen responses
             chosen = {name: tokens[: len(part)] for name, tokens in batch.items()}
             with autocast(args):
                 loss = loss - args.lm_coef * response_logps(language_model, **chosen).sum() / chosen_tokens
@@ -371,7 +370,7 @@ def main(args):
     for step in bar:  # step 0 only evaluates and saves the model with its first score head
         metrics = train_step(step, *models, optimizer, train, tokenizer, args) if step > 0 else {}
         if step % args.eval_every == 0 or step == args.steps:
-            metrics |= evaluate_pairs(step, model, held_out, tokenizer, args)
+            metrics |= held_out_accuracy(step, model, held_out, tokenizer, args)
         bar.set_postfix({name: f"{metrics[name]:.3f}" for name in ("loss", "accuracy") if name in metrics})
         with open(Path(args.output_dir, "metrics.jsonl"), "a") as log:
             log.write(json.dumps({"step": step, **metrics}) + "\n")
