@@ -298,7 +298,7 @@ def find_runs(runs):
     found = {}
     for folder in dict.fromkeys(folders):
         record = Path(folder, "args.json")
-        arguments = json.loads(record.read_text())["args"] if record.exists() else {}
+        arguments = json.loads(record.read_text()).get("args", {}) if record.exists() else {}
         is_policy = "beta" in arguments and any(Path(folder).glob("*.safetensors"))  # stage 3 has a beta
         check(is_policy or not runs, f"{folder} holds no policy; name folders of p3o.py, ppo.py or dpo.py")
         found |= {folder: arguments} if is_policy else {}
