@@ -363,7 +363,8 @@ def main(runs, args):
         reference = load_model(AutoModelForCausalLM, args.model, tokenizer, args)
         reward = load_reward(tokenizer, args)
     except OSError as error:
-        sys.exit(f"error: {str(error).splitlines()[0]}; run the stages before, or give other names")
+        names = f"{args.model}, {args.reward_model} or {args.dataset}"
+        sys.exit(f"error: cannot load {names} ({str(error).splitlines()[0]}); run the stages before this one")
     gold, policies, rows = load_gold(args.dataset), {"sft": args.model, **folders}, {}
     # 1. Each policy answers the same prompts.
     for name, folder in policies.items():

@@ -77,7 +77,7 @@ class Args:
     scale_reward: bool = flag(False, "divide scores by the std of all scores so far; not in PPO-max")
     reward_clip: float | None = flag(None, "largest absolute score after that; 0.3 to 0.8 in [Secrets]")
     whiten_advantages: bool = flag(True, "normalization of advantages to mean 0 and std 1 [N+]")
-    advantage_clip: float | None = flag(None, "largest absolute advantage; 0.12 to 0.5 in [Secrets]")
+    advantage_clip: float = flag(math.inf, "largest absolute advantage; 0.12 to 0.5 in [Secrets]")
     critic_init: Literal["reward", "sft"] = flag("reward", "reward model, or SFT model with a zero head")
     critic_warmup_steps: int = flag(0, "number of first steps that train only the critic")
     ptx_coef: float = flag(0.0, "weight of the demonstrations' log-likelihood per token (PPO-ptx)")
@@ -583,8 +583,7 @@ def train_step(step, beta, models, critic, optimizer, normalizer, prompts, ptx_r
     metrics["explained_variance"] = 1 - (errors.var(correction=0) / variance.clamp(min=1e-12)).item()
     if args.whiten_advantages:
         advantages = masked_whiten(advantages, mask)
-    if args.advantage_clip is not None:
-        advantages = advantages.clamp(-args.advantage_clip, args.advantage_clip)
+    advantages = advantages.clamp(-args.advantage_clip, args.advantage_clip)
     batch |= {"value_old_tok": value, "advantages": advantages.float(), "returns": returns.float()}
     # 3. Maximize the clipped objective and fit the critic to the returns for some epochs of minibatches.
     updates, data = [], (ptx_rows, tokenizer, args)
@@ -619,9 +618,7 @@ def main(args):
         tokenizer = load_tokenizer(args)
         prompts = read_rows(args.dataset, ["train"], [], tokenizer, args)
         held_out = read_rows(args.dataset, ["validation", "test"], [], tokenizer, args)[: args.eval_prompts]
-        ptx_rows = []
-        if args.ptx_coef > 0:
-            ptx_rows = read_rows(args.ptx_dataset, ["train"], ["completion"], tokenizer, args)
+        ptx_rows = args.ptx_coef and read_rows(args.ptx_dataset, ["train"], ["completion"], tokenizer, args)
         policy, reference = (load_model(AutoModelForCausalLM, args.model, tokenizer, args) for _ in range(2))
         models = policy, reference.requires_grad_(False), load_reward(tokenizer, args)
         critic = load_critic(tokenizer, args)
