@@ -389,7 +389,7 @@ def prepared(args):
     policy, critic = tiny_models()
     _, _, batch = tiny_batch(args)
     with torch.no_grad():
-        more = {"logp_old_tok": ppo.response_logps(policy, **batch)}
+        more = {"logp_old_tok": ppo.response_logps(policy, **batch, temperature=args.temperature)}
         more["value_old_tok"] = ppo.read_values(critic, **batch)
     generator = torch.Generator().manual_seed(2)
     for name in ("advantages", "returns"):
@@ -398,7 +398,7 @@ def prepared(args):
 
 
 def test_first_minibatch_has_ratio_1_and_approx_kl_0():
-    args = args_for()
+    args = args_for(temperature=0.5)
     policy, critic, batch = prepared(args)
     loss, stats = ppo.policy_and_value_loss(policy, critic, batch, torch.arange(8), args)
     assert stats["log_ratio_max"] < 1e-5 and abs(stats["approx_kl"]) < 1e-9 and stats["clip_fraction"] == 0
@@ -473,8 +473,8 @@ def test_micro_batches_add_up_to_the_gradient_of_the_minibatch(flags, size):
 @pytest.mark.parametrize("value_clip_range", [0.05, math.inf])
 def test_step_gradient_is_that_of_the_formulas(value_clip_range):
     """The whole step, with entropy and demonstrations, against autograd through loops over tokens."""
-    flags = {"entropy_coef": 0.3, "ptx_coef": 0.4, "max_grad_norm": 1e9, "value_clip_range": value_clip_range}
-    args = args_for(**flags)
+    flags = {"entropy_coef": 0.3, "ptx_coef": 0.4, "max_grad_norm": 1e9, "temperature": 0.7}
+    args = args_for(**flags, value_clip_range=value_clip_range)
     found_both, metrics = gradients_of_a_step(args)
     policy, critic, batch = prepared(args)
     move(policy, critic)
@@ -484,7 +484,7 @@ def test_step_gradient_is_that_of_the_formulas(value_clip_range):
     surrogate = entropy = value_error = likelihood = 0.0
     for row, (prompt, response) in enumerate(zip(prompts, responses)):
         text = torch.tensor([prompt + response])
-        table = policy(text).logits[0].log_softmax(-1)
+        table = (policy(text).logits[0] / 0.7).log_softmax(-1)
         hidden = critic.score(critic.transformer(text).last_hidden_state.float())[0, :, 0]
         for t, token in enumerate(response):
             here = len(prompt) + t - 1
@@ -496,7 +496,7 @@ def test_step_gradient_is_that_of_the_formulas(value_clip_range):
             value_error = value_error + torch.maximum((hidden[here] - target) ** 2, (held - target) ** 2) / 2
     for row in chosen:
         prompt, (response,) = row["prompt_ids"], row["response_ids"]
-        table = policy(torch.tensor([prompt + response])).logits[0].log_softmax(-1)
+        table = (policy(torch.tensor([prompt + response])).logits[0] / 0.7).log_softmax(-1)
         likelihood = likelihood + sum(table[len(prompt) + t - 1, token] for t, token in enumerate(response))
     tokens, demonstrated = sum(map(len, responses)), sum(len(row["response_ids"][0]) for row in chosen)
     policy_loss = -(surrogate + 0.3 * entropy) / tokens
