@@ -93,10 +93,10 @@ class Args:
     prompt_length: int = flag(32, "longest prompt in tokens; longer ones are left out")
     response_length: int = flag(24, "maximum number of sampled tokens, EOS included")
     max_grad_norm: float = flag(1.0, "largest norm of a model's gradient; a longer one is scaled down to it")
-    eval_every: int = flag(20, "steps between evaluations; the first and the last step have one too")
+    eval_every: int = flag(20, "steps between evaluations; there is one at step 0 and at the end")
     eval_prompts: int = flag(256, "number of held-out prompts to evaluate on")
-    save_every: int = flag(20, "steps between checkpoints; the first and the last step have one too")
-    resume: bool = flag(False, "continue from the last checkpoint in output_dir, if there is one")
+    save_every: int = flag(20, "steps between checkpoints; there is one at step 0 and at the end")
+    resume: bool = flag(False, "continue from the last checkpoint in output_dir, with the same flags")
     overwrite: bool = flag(False, "start again in an output_dir that already holds a run")
 
 
@@ -261,7 +261,9 @@ def read_score(model, prompt_ids, prompt_mask, response_ids, response_mask):
     hidden = model.base_model(**inputs, use_cache=False).last_hidden_state.float()  # (N, P + R, D)
     with torch.autocast(hidden.device.type, enabled=False):  # a bfloat16 head would round scores by up to 1%
         scores = model.score(hidden[:, prompt_ids.shape[1] - 1 :]).squeeze(-1)  # (N, 1 + R)
-    return scores.gather(1, response_mask.sum(1, keepdim=True)).squeeze(1)  # by position: pad may equal EOS
+    return scores.gather(1, response_mask.sum(1, keepdim=True)).squeeze(
+        1
+    )  # by position, as pad may equal EOS
 
 
 def read_values(model, prompt_ids, prompt_mask, response_ids, response_mask):
@@ -297,7 +299,7 @@ def check(condition, message):
 def load_tokenizer(args):
     """Loads the model's tokenizer and checks that its EOS is the token that ends a turn in the data set."""
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # safe, because masks go by position
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # safe: no mask looks for this token
     eos, record = tokenizer.eos_token, Path(args.dataset, "data.json")  # data.py writes this file
     end = json.loads(record.read_text())["eos_token"] if record.exists() else eos
     check(eos and eos == end, f"{args.model} has EOS {eos!r}, {args.dataset} has {end!r}; run sft.py first")
@@ -347,7 +349,10 @@ def pad_rows(prompt_ids, response_ids, tokenizer, args):
 
 def data_order(num_rows, size, step, seed):
     """The row numbers for step 1, 2, ... Each pass is shuffled by a seed, so there is no state to save."""
-    first, last = (step - 1) * size // num_rows, (step * size - 1) // num_rows  # passes over the data
+    first, last = (
+        (step - 1) * size // num_rows,
+        (step * size - 1) // num_rows,
+    )  # the passes that this step touches
     generators = [torch.Generator().manual_seed(seed * 10**6 + i) for i in range(first, last + 1)]
     order = torch.cat([torch.randperm(num_rows, generator=generator) for generator in generators])
     return order[(step - 1) * size - first * num_rows :][:size].tolist()
@@ -355,8 +360,7 @@ def data_order(num_rows, size, step, seed):
 
 def load_model(auto_class, name, tokenizer, args, may_lack=(), **options):
     """Loads a model in float32 and in eval mode: with dropout the first importance ratio would not be 1."""
-    options |= {"dtype": torch.float32, "output_loading_info": True}
-    model, info = auto_class.from_pretrained(name, **options)
+    model, info = auto_class.from_pretrained(name, dtype=torch.float32, output_loading_info=True, **options)
     lacking = sorted(set(info["missing_keys"]) - set(may_lack))
     check(not lacking, f"{name} lacks the weights {lacking[:3]}; give a model that has them")
     other_heads = ("lm_head.", "embed_out.") if "num_labels" in options else ()
@@ -365,9 +369,9 @@ def load_model(auto_class, name, tokenizer, args, may_lack=(), **options):
     check(not unread, f"{name} holds {unread[:3]}, which would be ignored; merge or remove them first")
     rows, highest = model.get_input_embeddings().num_embeddings, max(tokenizer.get_vocab().values())
     check(highest < rows, f"{name} has {rows} embeddings, too few for token id {highest}; resize them")
-    length = args.prompt_length + args.response_length
-    limit = getattr(model.config, "max_position_embeddings", None) or length
-    check(length <= limit, f"{name} takes at most {limit} tokens; lower --prompt_length or --response_length")
+    limit = getattr(model.config, "max_position_embeddings", None) or math.inf
+    fitting = args.prompt_length + args.response_length <= limit
+    check(fitting, f"{name} takes at most {limit} tokens; lower --prompt_length or --response_length")
     return model.eval().to(args.device)
 
 
@@ -399,9 +403,9 @@ def autocast(args):
 def sample_batch(policy, rows, num_responses, tokenizer, args):
     """Samples K responses to each of B prompts. Returns a batch: a dict of tensors and lists of N rows."""
     rows = [row for row in rows for _ in range(num_responses)]
-    ids = {"input_ids": [row["prompt_ids"] for row in rows]}
-    prompt = tokenizer.pad(ids, padding_side="left", return_tensors="pt").to(args.device)
-    with autocast(args):
+    prompt_ids = {"input_ids": [row["prompt_ids"] for row in rows]}
+    prompt = tokenizer.pad(prompt_ids, padding_side="left", return_tensors="pt").to(args.device)
+    with autocast(args):  # main has set the temperature and the length in policy.generation_config
         ids = policy.generate(**prompt)[:, prompt["input_ids"].shape[1] :]  # (N, R)
     is_eos = ids == tokenizer.eos_token_id
     mask = is_eos.cumsum(1) - is_eos.int() == 0  # True up to and including the first EOS
@@ -412,9 +416,9 @@ def sample_batch(policy, rows, num_responses, tokenizer, args):
     return batch
 
 
-def compute_scores(reward, batch):
-    """Calls the reward function and checks that it returns N finite numbers, which it returns as a list."""
-    scores = reward(batch)
+def compute_scores(reward_function, batch):
+    """Calls the reward function, checks that it gives N finite numbers, and returns them as a list."""
+    scores = reward_function(batch)
     scores = scores.tolist() if hasattr(scores, "tolist") else scores
     complete = isinstance(scores, list) and len(scores) == len(batch["response"])
     check(complete, f"the reward is {scores!r:.50}; return a list of one number for each response")
@@ -425,8 +429,8 @@ def compute_scores(reward, batch):
 
 
 @torch.no_grad()
-def score_batch(batch, policy, reference, reward, args):
-    """Adds score (N,), logp_old_tok and logp_ref_tok (N, R). In float64 scores, offsets cancel exactly."""
+def score_batch(batch, policy, reference, reward_function, args):
+    """Adds score (N,), logp_old_tok and logp_ref_tok (N, R). float64 lets offsets of the score cancel."""
     scores, logp_old, logp_ref = [], [], []
     size = args.micro_batch_size * args.num_responses
     for first in range(0, len(batch["prompt"]), size):
@@ -435,7 +439,7 @@ def score_batch(batch, policy, reference, reward, args):
         with autocast(args):
             logp_old.append(response_logps(policy, **tokens, temperature=args.temperature))
             logp_ref.append(response_logps(reference, **tokens, temperature=args.temperature))
-            scores += compute_scores(reward, part)
+            scores += compute_scores(reward_function, part)
     batch["score"] = torch.tensor(scores, dtype=torch.float64, device=args.device)
     batch["score"] -= args.missing_eos_penalty * ~batch["ended"]
     batch["logp_old_tok"], batch["logp_ref_tok"] = torch.cat(logp_old), torch.cat(logp_ref)
@@ -445,33 +449,29 @@ def batch_metrics(batches):
     """Means over scored batches. KL (nats per response) and entropy (nats per token) are sample estimates."""
     parts = []
     for batch in batches:
-        logp_old, logp_ref = batch["logp_old_tok"].sum(1), batch["logp_ref_tok"].sum(1)
-        sizes = batch["response_mask"].sum(1), batch["ended"]
-        parts.append(torch.stack([batch["score"], logp_old, logp_ref, *sizes]))  # (5, N)
-    score, logp_old, logp_ref, length, ended = torch.cat(parts, 1).mean(1).tolist()
+        old, ref = batch["logp_old_tok"].sum(1), batch["logp_ref_tok"].sum(1)
+        parts.append(torch.stack([batch["score"], old, ref, batch["response_mask"].sum(1), batch["ended"]]))
+    score, logp_old, logp_ref, length, ended = torch.cat(parts, 1).mean(1).tolist()  # parts: (5, N) each
     metrics = {"reward": score, "kl": logp_old - logp_ref, "entropy": -logp_old / length}
     return metrics | {"response_length": length, "eos_rate": ended}
 
 
-def evaluate(step, policy, reference, reward, held_out, tokenizer, args):
+def evaluate(step, policy, reference, reward_function, held_out, tokenizer, args):
     """Metrics on the held-out prompts, always with the same seed. Writes the texts to samples_STEP.jsonl."""
     torch.manual_seed(args.seed * 10**6)
     batches, folder = [], Path(args.output_dir)
-    for rows in (held_out[first : first + 128] for first in range(0, len(held_out), 128)):  # saves memory
+    for rows in (held_out[first : first + 128] for first in range(0, len(held_out), 128)):
         batches.append(sample_batch(policy, rows, 1, tokenizer, args))
-        score_batch(batches[-1], policy, reference, reward, args)
-    with open(folder / f"samples_{step}.jsonl", "w") as file:
-        for batch in batches:
-            for x, y, score in zip(batch["prompt"], batch["response"], batch["score"].tolist()):
-                file.write(json.dumps({"prompt": x, "response": y, "reward": score}) + "\n")
+        score_batch(batches[-1], policy, reference, reward_function, args)
+    texts = [row for b in batches for row in zip(b["prompt"], b["response"], b["score"].tolist())]
+    lines = [json.dumps(dict(zip(("prompt", "response", "reward"), row))) + "\n" for row in texts]
+    (folder / f"samples_{step}.jsonl").write_text("".join(lines))
     metrics = {f"eval_{name}": value for name, value in batch_metrics(batches).items()}
     log = (folder / "metrics.jsonl").read_text().splitlines()
     start = json.loads(log[0]) if log else metrics  # at step 0 the policy is the SFT model
     metrics["eval_gain"] = metrics["eval_reward"] - start["eval_reward"]
-    text = (
-        "gain {eval_gain:.2f} over the SFT model, reward {eval_reward:.3f} at KL {eval_kl:.2f} nats/response"
-    )
-    tqdm.write(f"{folder}, step {step}: {text.format(**metrics)} on held-out prompts")
+    text = "gain {eval_gain:.2f} over the SFT model, reward {eval_reward:.3f} at KL {eval_kl:.2f} nats"
+    tqdm.write(f"{folder}, step {step}: {text.format(**metrics)}/response on held-out prompts")
     return metrics
 
 
@@ -479,21 +479,21 @@ def evaluate(step, policy, reference, reward, held_out, tokenizer, args):
 def check_args(args, may_be_zero):
     """Checks that numbers are in range and that the output folder is free or holds a run to go on with."""
     check(os.environ.get("WORLD_SIZE", "1") == "1", "this script is one process; see examples/ for several")
+    folder = Path(args.output_dir)
     for name, value in vars(args).items():
         in_range = type(value) not in (int, float) or value > 0 or (value == 0 and name in may_be_zero)
         check(in_range, f"--{name} {value} is out of range; give a larger number")
-    folder = Path(args.output_dir)
+        names_input = name in ("model", "reward_model", "dataset") and value
+        inside = names_input and Path(value).resolve().is_relative_to(folder.resolve())
+        check(not inside, f"--{name} lies inside --output_dir; give another --output_dir")
     check(folder.is_dir() or not os.path.lexists(folder), f"{folder} is no folder; give another --output_dir")
     is_run = (folder / "args.json").exists() and args.resume != args.overwrite
     free = is_run or not any(folder.glob("*"))
-    check(free, f"{folder} is not empty; --resume or --overwrite the run in it, or give another --output_dir")
-    for name in {"model", "reward_model", "dataset"} & vars(args).keys():
-        inside = Path(str(getattr(args, name))).resolve().is_relative_to(folder.resolve())
-        check(not inside, f"--{name} lies inside --output_dir; give another --output_dir")
+    check(free, f"{folder} is not empty; --resume or --overwrite its run, or give another --output_dir")
 
 
 def open_run(model, optimizer, args):
-    """Takes the output folder. Returns the checkpoint to --resume from, or a new one whose step is -1."""
+    """Claims the output folder. Returns the checkpoint to --resume from, or a new one whose step is -1."""
     folder, checkpoint = Path(args.output_dir), {"step": -1, "log_size": 0}
     if args.resume and (folder / "checkpoint.pt").exists():
         checkpoint = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
@@ -505,12 +505,12 @@ def open_run(model, optimizer, args):
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
     folder.mkdir(parents=True, exist_ok=True)
-    taken = (folder / "args.json").exists() and not (args.resume or args.overwrite)
-    check(not taken, f"another run has just taken {folder}; give another --output_dir")
+    begun = (folder / "args.json").exists() and not (args.resume or args.overwrite)
+    check(not begun, f"another run has just begun in {folder}; give another --output_dir")
     with open(folder / "args.json", "w" if args.resume or args.overwrite else "x") as file:
         json.dump({"args": vars(args)}, file, indent=2)
     old_files = [] if checkpoint["step"] >= 0 else ["checkpoint.pt", "config.json", "samples_*.jsonl"]
-    for pattern in [*old_files, "**/.tmp*"]:  # a kill leaves .tmp files behind while safetensors writes
+    for pattern in [*old_files, "**/.tmp*"]:  # a kill while safetensors writes leaves .tmp files
         for file in folder.glob(pattern):
             file.unlink()
     with open(folder / "metrics.jsonl", "a") as log:
