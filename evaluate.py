@@ -114,9 +114,7 @@ def read_score(model, prompt_ids, prompt_mask, response_ids, response_mask):
     hidden = model.base_model(**inputs, use_cache=False).last_hidden_state.float()  # (N, P + R, D)
     with torch.autocast(hidden.device.type, enabled=False):  # a bfloat16 head would round scores by up to 1%
         scores = model.score(hidden[:, prompt_ids.shape[1] - 1 :]).squeeze(-1)  # (N, 1 + R)
-    return scores.gather(1, response_mask.sum(1, keepdim=True)).squeeze(
-        1
-    )  # by position, as pad may equal EOS
+    return scores.gather(1, response_mask.sum(1, keepdim=True)).squeeze(1)  # by position: pad may be EOS
 
 
 def token_rows(batch, rows):
@@ -162,23 +160,23 @@ def read_prompts(splits, tokenizer, args):
 
 def pad_rows(prompt_ids, response_ids, tokenizer, args):
     """Pads N prompts on the left and N responses on the right: a batch, as token_rows reads it."""
-    prompt, response = (
-        tokenizer.pad({"input_ids": ids}, padding_side=side, return_tensors="pt").to(args.device)
-        for ids, side in ((prompt_ids, "left"), (response_ids, "right"))
-    )
+    prompt = tokenizer.pad({"input_ids": prompt_ids}, padding_side="left", return_tensors="pt")
+    response = tokenizer.pad({"input_ids": response_ids}, padding_side="right", return_tensors="pt")
     batch = {"prompt_ids": prompt["input_ids"], "prompt_mask": prompt["attention_mask"].bool()}
-    return batch | {"response_ids": response["input_ids"], "response_mask": response["attention_mask"].bool()}
+    batch |= {"response_ids": response["input_ids"], "response_mask": response["attention_mask"].bool()}
+    return {name: rows.to(args.device) for name, rows in batch.items()}
 
 
 def load_model(auto_class, name, tokenizer, args, may_lack=(), **options):
     """Loads a model in float32 and in eval mode: with dropout the first importance ratio would not be 1."""
     model, info = auto_class.from_pretrained(name, dtype=torch.float32, output_loading_info=True, **options)
     lacking = sorted(set(info["missing_keys"]) - set(may_lack))
+    lacking += ["score.weight"] if "num_labels" in options and not hasattr(model, "score") else []
     check(not lacking, f"{name} lacks the weights {lacking[:3]}; give a model that has them")
     other_heads = ("lm_head.", "embed_out.") if "num_labels" in options else ()
     unread = [key for key in info["unexpected_keys"] if not key.startswith(other_heads)]
     unread += [file.name for file in Path(name).glob("adapter_config.json")]
-    check(not unread, f"{name} holds {unread[:3]}, which would be ignored; merge or remove them first")
+    check(not unread, f"{name} holds {unread[:3]}, which would be ignored; give a model without them")
     rows, highest = model.get_input_embeddings().num_embeddings, max(tokenizer.get_vocab().values())
     check(highest < rows, f"{name} has {rows} embeddings, too few for token id {highest}; resize them")
     limit = getattr(model.config, "max_position_embeddings", None) or math.inf
@@ -226,7 +224,7 @@ def compute_scores(reward_function, batch):
     check(complete, f"the reward is {scores!r:.50}; return a list of one number for each response")
     for score, response in zip(scores, batch["response"]):
         finite = hasattr(score, "__float__") and math.isfinite(score)
-        check(finite, f"the reward of the response {response!r} is {score!r}; return a finite number")
+        check(finite, f"the reward of the response {response!r:.60} is {score!r}; return a finite number")
     return scores
 
 
@@ -300,7 +298,7 @@ def find_runs(runs):
     found = {}
     for folder in dict.fromkeys(folders):
         record = Path(folder, "args.json")
-        arguments = json.loads(record.read_text())["args"] if record.exists() else {}
+        arguments = json.loads(record.read_text()).get("args", {}) if record.exists() else {}
         is_policy = "beta" in arguments and any(Path(folder).glob("*.safetensors"))  # stage 3 has a beta
         check(is_policy or not runs, f"{folder} holds no policy; name folders of p3o.py, ppo.py or dpo.py")
         found |= {folder: arguments} if is_policy else {}
