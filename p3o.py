@@ -88,9 +88,8 @@ def trajectory_reward(score, logp_old_seq, logp_ref_seq, beta):
 def pairwise_policy_gradient_loss(logp_new_seq, reward):
     """-(R1 - R2) (log pi(y1|x) - log pi(y2|x)) / 2. Its gradient is minus the PPG [P3O, Theorem 1].
 
-    logp_new_seq (nats per response) and reward are (B, K). The loss () is a mean over prompts and pairs of
-    responses, which must come from the current policy. Its gradient equals that of REINFORCE leave-one-out.
-    Raises ValueError if K < 2 or if the shapes differ.
+    logp_new_seq (nats per response) and reward are (B, K), K >= 2. The loss () is a mean over prompts and
+    pairs of responses, which must come from the current policy. Its gradient is REINFORCE leave-one-out's.
     """
     if logp_new_seq.shape != reward.shape or reward.dim() != 2 or reward.shape[1] < 2:
         raise ValueError(f"expected (B, K), K >= 2: {tuple(logp_new_seq.shape)}, {tuple(reward.shape)}")
@@ -109,7 +108,7 @@ def p3o_loss(
     Here rho = pi / pi_old, -i is the other response of the pair, and sg stops the gradient. The paper's d is
     log(pi(y1) / pi(y2)). Minus its value under pi_old it starts at 0, and its gradient is the same.
 
-    logp_new_seq, logp_old_seq (nats per response) and reward are (B, K). The loss () is the mean over prompts
+    logp_new_seq, logp_old_seq (nats per response) and reward are (B, K). The loss () is a mean over prompts
     and pairs of responses. max_importance_weight, c, clamps the weight rho_1 rho_2 (V1: rho_-i) to [1/c, c].
     log rho is clamped to [-20, 20] so that float32 stays finite. No gradient flows to a response beyond that.
     Returns the loss and {"clip_fraction": share of terms whose gradient the clip removed, "log_ratio_max":
@@ -222,8 +221,7 @@ def data_order(num_rows, size, step, seed):
 
 def load_model(auto_class, name, tokenizer, args, may_lack=(), **options):
     """Loads a model in float32 and in eval mode: with dropout the first importance ratio would not be 1."""
-    options |= {"dtype": torch.float32, "output_loading_info": True}
-    model, info = auto_class.from_pretrained(name, **options)
+    model, info = auto_class.from_pretrained(name, dtype=torch.float32, output_loading_info=True, **options)
     lacking = sorted(set(info["missing_keys"]) - set(may_lack))
     check(not lacking, f"{name} lacks the weights {lacking[:3]}; give a model that has them")
     other_heads = ("lm_head.", "embed_out.") if "num_labels" in options else ()
@@ -302,10 +300,9 @@ def batch_metrics(batches):
     """Means over scored batches. KL (nats per response) and entropy (nats per token) are sample estimates."""
     parts = []
     for batch in batches:
-        logp_old, logp_ref = batch["logp_old_tok"].sum(1), batch["logp_ref_tok"].sum(1)
-        sizes = batch["response_mask"].sum(1), batch["ended"]
-        parts.append(torch.stack([batch["score"], logp_old, logp_ref, *sizes]))  # (5, N)
-    score, logp_old, logp_ref, length, ended = torch.cat(parts, 1).mean(1).tolist()
+        old, ref = batch["logp_old_tok"].sum(1), batch["logp_ref_tok"].sum(1)
+        parts.append(torch.stack([batch["score"], old, ref, batch["response_mask"].sum(1), batch["ended"]]))
+    score, logp_old, logp_ref, length, ended = torch.cat(parts, 1).mean(1).tolist()  # parts: (5, N) each
     metrics = {"reward": score, "kl": logp_old - logp_ref, "entropy": -logp_old / length}
     return metrics | {"response_length": length, "eos_rate": ended}
 
@@ -460,7 +457,8 @@ def main(args):
         policy, reference = (load_model(AutoModelForCausalLM, args.model, tokenizer, args) for _ in range(2))
         models = policy, reference.requires_grad_(False), load_reward(tokenizer, args)
     except OSError as error:
-        sys.exit(f"error: {str(error).splitlines()[0]}; run the stages before, or give other names")
+        names = f"{args.model}, {args.reward_model} or {args.dataset}"
+        sys.exit(f"error: cannot load {names} ({str(error).splitlines()[0]}); run the stages before this one")
     sampling = {"do_sample": True, "temperature": args.temperature, "top_k": 0, "top_p": 1.0}
     sampling |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     policy.generation_config = transformers.GenerationConfig(**sampling, max_new_tokens=args.response_length)
