@@ -1,3 +1,4 @@
+import json
 import multiprocessing
 import os
 import runpy
@@ -94,6 +95,37 @@ def word_tokenizer(size, eos=1, pad=1):
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in words.items()}, unk_token=words[size - 1]))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=words[eos], pad_token=words[pad])
+
+
+def write_rows(folder, splits=("train", "validation"), rows=8, columns=("prompt", "completion"), **changes):
+    """A data set of short texts such as p0 and c0, unless `changes` has another text for a column."""
+    folder.mkdir(parents=True)
+    texts = [{name: f"{name[0]}{i}" for name in columns} | changes for i in range(rows)]
+    for split in splits:
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
+    return folder
+
+
+def save_tiny_models(folder):
+    """A policy in lm and a reward model in rm: random GPT-2 models of one layer, with a tokenizer of bytes."""
+    import torch
+    from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    tokenizer = byte_tokenizer(pad_token="<pad>", eos_token="</s>")
+    size = {
+        "n_embd": 16,
+        "n_layer": 1,
+        "n_head": 2,
+        "n_positions": 32,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    size |= {"vocab_size": len(tokenizer), "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
+    reward_config = GPT2Config(**size, num_labels=1, initializer_range=0.3)  # so that scores differ
+    models = {"lm": GPT2LMHeadModel(GPT2Config(**size)), "rm": GPT2ForSequenceClassification(reward_config)}
+    for name, model in models.items():
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
 
 
 @pytest.fixture(scope="session")

@@ -14,9 +14,8 @@ import socket
 import sys
 
 import pytest
-import torch
-from conftest import ROOT, byte_tokenizer, context, run_script
-from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
+from conftest import ROOT, byte_tokenizer, context, run_script, save_tiny_models, write_rows
+from transformers import AutoTokenizer
 
 SCRIPTS = ("sft", "reward_model", "p3o", "ppo", "dpo")
 RL = ("p3o", "ppo", "dpo")  # those that have a policy and a reward model
@@ -34,30 +33,15 @@ SMALL |= {"prompts_per_step": 2, "minibatch_size": 2, "prompt_length": 16, "resp
 
 
 # ---------------------------------------------------------------------------------------------- a small world
-COLUMNS = ("prompt", "completion", "chosen", "rejected")
-
-
-def write_data(folder, splits=("train", "validation"), columns=COLUMNS, **changes):
-    """Eight rows a split, of text unless `changes` spoils a column."""
-    folder.mkdir(parents=True)
-    rows = [{name: f"{name[0]}{i}" for name in columns} | changes for i in range(8)]
-    for split in splits:
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
+def write_data(
+    folder, splits=("train", "validation"), columns="prompt completion chosen rejected", **changes
+):
+    return write_rows(folder, splits, 8, columns.split(), **changes)
 
 
 def make_models(folder):
-    torch.manual_seed(0)
-    tokenizer = byte_tokenizer(pad_token="<pad>", eos_token="</s>")
-    size = {"n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 32, "pad_token_id": tokenizer.pad_token_id}
-    size |= {"vocab_size": len(tokenizer), "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
-    for name, model in {
-        "lm": GPT2LMHeadModel(GPT2Config(**size)),
-        "rm": GPT2ForSequenceClassification(GPT2Config(**size, num_labels=1)),
-        "other_tokens": GPT2ForSequenceClassification(GPT2Config(**size, num_labels=1)),
-    }.items():
-        model.save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
+    save_tiny_models(folder)
+    shutil.copytree(folder / "rm", folder / "other_tokens")
     byte_tokenizer(reverse=True, pad_token="<pad>", eos_token="</s>").save_pretrained(folder / "other_tokens")
     for name in "unreadable", "no_weights", "no_tokenizer", "no_eos", "bad_config", "copy_of_lm":
         shutil.copytree(folder / "lm", folder / name)
@@ -95,8 +79,8 @@ def world(tmp_path_factory):
     write_data(folder / "data")
     write_data(folder / "data_im_end")
     (folder / "data_im_end/data.json").write_text('{"eos_token": "<|im_end|>"}')
-    write_data(folder / "only_prompts", columns=["prompt"])
-    write_data(folder / "dialogues", columns=["chosen", "rejected"])  # as in HH-RLHF
+    write_data(folder / "only_prompts", columns="prompt")
+    write_data(folder / "dialogues", columns="chosen rejected")  # as in HH-RLHF
     write_data(folder / "no_train", splits=["validation"])
     write_data(folder / "no_held_out", splits=["train"])
     write_data(folder / "long_prompts", prompt="x" * 17)
@@ -274,7 +258,7 @@ def test_sft_takes_the_end_of_turn_of_the_data(world, tmp_path):
     assert run_inside("sft", arguments("sft", dataset="data_im_end", output_dir=tmp_path / "sft")) is None
     for name in ("tokenizer_config.json", "config.json", "generation_config.json"):
         record = json.loads((tmp_path / "sft" / name).read_text())
-        tokenizer = importlib.import_module("transformers").AutoTokenizer.from_pretrained(tmp_path / "sft")
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / "sft")
         found = record["eos_token" if name.startswith("tokenizer") else "eos_token_id"]
         assert found in ("<|im_end|>", tokenizer.convert_tokens_to_ids("<|im_end|>"))
 
