@@ -112,7 +112,7 @@ def save_tiny_models(folder):
     from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
 
     torch.manual_seed(0)
-    tokenizer = byte_tokenizer(pad_token="<pad>", eos_token="</s>")
+    tokenizer = byte_tokenizer(chat_template=CHATML, pad_token="<pad>", eos_token="</s>")
     size = {
         "n_embd": 16,
         "n_layer": 1,

@@ -14,7 +14,7 @@ import socket
 import sys
 
 import pytest
-from conftest import ROOT, byte_tokenizer, context, run_script, save_tiny_models, write_rows
+from conftest import CHATML, ROOT, byte_tokenizer, context, run_script, save_tiny_models, write_rows
 from transformers import AutoTokenizer
 
 SCRIPTS = ("sft", "reward_model", "p3o", "ppo", "dpo")
@@ -42,7 +42,7 @@ def write_data(
 def make_models(folder):
     save_tiny_models(folder)
     shutil.copytree(folder / "rm", folder / "other_tokens")
-    byte_tokenizer(reverse=True, pad_token="<pad>", eos_token="</s>").save_pretrained(folder / "other_tokens")
+    byte_tokenizer(True, CHATML, pad_token="<pad>", eos_token="</s>").save_pretrained(folder / "other_tokens")
     for name in "unreadable", "no_weights", "no_tokenizer", "no_eos", "bad_config", "copy_of_lm":
         shutil.copytree(folder / "lm", folder / name)
     (folder / "unreadable/model.safetensors").rename(folder / "unreadable/model.gguf")
@@ -138,7 +138,7 @@ CASES = [
         dataset="data_im_end",
     ),
     # models
-    case("no such model", ["nothere", "before"], model="out/nothere"),
+    case("no such model", ["out/nothere"], model="out/nothere"),
     case("deeper than a hub name, model", ["nothere/deep/er"], model="nothere/deep/er"),
     case("model not on the hub", ["owner/nothere"], model="owner/nothere"),
     case("empty model folder", ["hollow"], model="hollow"),
@@ -148,7 +148,7 @@ CASES = [
     case("no EOS", ["no_eos", "EOS"], model="no_eos"),
     case("broken config", ["bad_config"], model="bad_config"),
     case("lengths beyond the context", ["lm", "32", "--prompt_length"], prompt_length=27),
-    case("no such reward model", ["nothere", "before"], PROMPTS, reward_model="out/nothere"),
+    case("no such reward model", ["out/nothere"], PROMPTS, reward_model="out/nothere"),
     case("policy as reward model", ["lm", "score"], PROMPTS, reward_model="lm"),
     case("reward model without weights", ["no_weights"], PROMPTS, reward_model="no_weights"),
     case("reward model of other tokens", ["other_tokens", "README"], PROMPTS, reward_model="other_tokens"),
@@ -327,7 +327,7 @@ def test_rows_that_were_replaced_are_read_anew(script, tmp_path, capsys):
         times = file.stat()
         file.write_text(file.read_text().replace(old, new))
         os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
-        if script in PROMPTS:
+        if script == "p3o":
             rows = module.read_prompts(["train"], tokenizer, args)
         else:
             rows = module.read_rows(args.dataset, ["train"], ["chosen"], tokenizer, args)

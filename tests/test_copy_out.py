@@ -1,7 +1,7 @@
-"""The promised functions can be copied into other projects: each, taken out of its file by its source and run where
-there is nothing but torch and math, gives the same results; and has the promised signature.
+"""The promised functions can be copied into other projects: each has the promised signature, and gives the same results
+if it is taken out of its file and run where there is nothing but torch and math.
 
-To promise another function: a line in PROMISED.
+To promise another function, add a line to PROMISED.
 """
 
 import importlib
@@ -10,7 +10,6 @@ import math
 
 import pytest
 import torch
-from test_resume import assert_same
 from transformers import GPT2Config, GPT2LMHeadModel
 
 B, K, R, P, N = 6, 4, 5, 3, 40
@@ -19,7 +18,7 @@ mask = torch.arange(R) < torch.tensor([[5], [1], [2], [5], [3], [4]])  # (B, R),
 
 
 def tokens():
-    """A model, prompts padded on the left, responses on the right, and a temperature."""
+    """Arguments of response_logps."""
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=9, n_embd=8, n_layer=2, n_head=2, n_positions=16)
     config.eos_token_id = config.bos_token_id = 0
@@ -29,16 +28,16 @@ def tokens():
 
 
 def normalized(normalizer_class):
-    """What a RunningNormalizer makes of numbers, and of others after a restart."""
+    """What a RunningNormalizer makes of numbers, and of other numbers after a restart."""
     one, other = normalizer_class(clip=1.0), normalizer_class(shift_mean=False)
     results = [one(draw(B)), other(draw(B)), one(3 * draw(B) + 1)]
     other.load_state_dict(one.state_dict())
     return [*results, other(draw(B)), other.state_dict()]
 
 
-MEAN, RATIO = ["masked_mean"], ["masked_mean", "importance_ratio"]
+RATIO = ["masked_mean", "importance_ratio"]
 LOGPS = "(model, prompt_ids, prompt_mask, response_ids, response_mask, temperature=1.0)"
-LOGPS = LOGPS, ["model_inputs", "response_distributions"], [tokens]
+LOGPS = LOGPS, ["model_inputs"], [tokens]
 PROMISED = {  # script.function: signature, what comes along out of the same file, arguments to try it with
     "sft.completion_loss": (
         "(logits, tokens, completion_mask)",
@@ -71,7 +70,7 @@ PROMISED = {  # script.function: signature, what comes along out of the same fil
     "ppo.masked_mean": ("(x, mask)", [], [lambda: (draw(B, R), mask)]),
     "ppo.masked_whiten": (
         "(x, mask, shift_mean=True)",
-        ["masked_mean", "masked_variance"],
+        ["masked_mean"],
         [lambda: (draw(B, R), mask), lambda: (draw(B, R), mask, False)],
     ),
     "ppo.token_rewards": (
@@ -96,7 +95,7 @@ PROMISED = {  # script.function: signature, what comes along out of the same fil
     ),
     "ppo.value_loss": (
         "(value_new_tok, value_old_tok, returns, response_mask, clip_range=0.2)",
-        MEAN,
+        ["masked_mean"],
         [lambda: (draw(B, R), draw(B, R), draw(B, R), mask, c) for c in (0.2, None)],
     ),
     "ppo.RunningNormalizer": ("(shift_mean=True, scale=True, clip=None)", [], [normalized]),
@@ -121,7 +120,7 @@ EACH = pytest.mark.parametrize("name", PROMISED)
 
 
 def taken_out(name, along):
-    """The function as somebody who copied it would have it, with what comes along."""
+    """The function, with what comes along, as somebody who copied it would have it."""
     script, function = name.split(".")
     namespace = {"torch": torch, "math": math}
     for part in (*along, function):
@@ -130,7 +129,7 @@ def taken_out(name, along):
 
 
 def tried(function, arguments):
-    """Its results, and the gradient with respect to the first argument where it has one."""
+    """Its results, and the gradient with respect to the first argument if there is one."""
     torch.manual_seed(1)
     if arguments is normalized:
         return normalized(function)
@@ -143,6 +142,19 @@ def tried(function, arguments):
         loss.sum().backward()
         results = results, values[0].grad if isinstance(values[0], torch.Tensor) else None
     return results
+
+
+def assert_same(one, other):
+    """Nested values that are equal to the bit."""
+    assert type(one) is type(other)
+    if isinstance(one, torch.Tensor):
+        assert one.dtype == other.dtype and torch.equal(one, other)
+    elif isinstance(one, dict | list | tuple):
+        assert len(one) == len(other) and (not isinstance(one, dict) or one.keys() == other.keys())
+        for key in one if isinstance(one, dict) else range(len(one)):
+            assert_same(one[key], other[key])
+    else:
+        assert one == other
 
 
 @EACH
@@ -159,15 +171,15 @@ def test_a_copy_gives_the_same_results(name):
 
 
 @EACH
-def test_signatures_and_docstrings(name):
+def test_signatures(name):
     script, function = name.split(".")
     promised = getattr(importlib.import_module(script), function)
     assert str(inspect.signature(promised)) == PROMISED[name][0]
-    assert len(inspect.getdoc(promised)) > 30, "a docstring: what, shapes, units, source"
+    assert inspect.getdoc(promised)
 
 
 def test_float32_whatever_the_dtype_of_the_model():
-    """What the signatures cannot say of response_logps."""
+    """This promise of response_logps is not in its signature."""
     model, *arguments = tokens()
     function = taken_out("p3o.response_logps", LOGPS[1])
     logps = function(model.to(torch.bfloat16), *arguments)

@@ -148,7 +148,7 @@ def test_bfloat16_runs_and_starts_at_the_reference(chain, tmp_path):
 def test_from_preference_pairs_to_an_aligned_policy(tmp_path):
     """Dialogues as in HH-RLHF, a small model of another source, and every stage with the flags of the recipe."""
     dialogue = "\n\nHuman: say {}{}\n\nAssistant: {}"
-    pairs = [(f"{i}", word) for i in range(100) for word in ("yes", "no")]
+    pairs = [(f"{i}", word) for i in range(50) for word in ("yes", "no")]
     rows = [
         {"chosen": dialogue.format(w, i, w), "rejected": dialogue.format(w, i, "what?")} for i, w in pairs
     ]
@@ -166,8 +166,8 @@ def test_from_preference_pairs_to_an_aligned_policy(tmp_path):
     lengths = ["--dataset", "data/hh", "--prompt_length", 256, "--response_length", 128]
     sizes = [*lengths, "--minibatch_size", 16, "--micro_batch_size", 4]
     stage("data.py", "--dataset", "pairs.jsonl", "--model", "base", "--output_dir", "data/hh")
-    stage("sft.py", "--model", "base", *sizes, "--learning_rate", 1e-3, "--steps", 40)
-    stage("reward_model.py", *sizes, "--learning_rate", 1e-3, "--steps", 20)
+    stage("sft.py", "--model", "base", *sizes, "--learning_rate", 1e-3, "--steps", 5)
+    stage("reward_model.py", *sizes, "--learning_rate", 1e-3, "--steps", 5)
     stage("p3o.py", *sizes, "--learning_rate", 1e-3, "--beta", 0.05, "--steps", 1)
     stage("evaluate.py", *lengths)
     stage("frontier.py")

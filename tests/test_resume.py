@@ -161,7 +161,7 @@ def copies_of(name, folder, copies, *extra):
 @EACH
 def test_killed_at_every_file_operation_and_resumed(name, world, undisturbed, tmp_path):
     copies = [*copies_of(name, world / "copied" / name, tmp_path / "copies")]
-    assert len(copies) > 20, "too few operations were seen"
+    assert len(copies) > 15, "too few operations were seen"
     if name != "p3o" and KILLS < 10:  # the functions that write are the same text in every script
         copies = random.Random(f"{name} {SEED}").sample(copies, 8)
     for copy in copies:
@@ -227,7 +227,7 @@ def test_a_run_that_is_not_finite_stops(name, world, tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
     line = run(name, str(tmp_path / "run"), steps=6)
-    assert re.fullmatch(r"error: [^\n]* not finite; [^\n]*--learning_rate[^\n]*", line), line
+    assert re.fullmatch(r"error: [^\n]* not finite; [^\n]*learning.rate[^\n]*", line), line
     log = [json.loads(text)["step"] for text in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     checkpoint = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)
     assert log == [0, 1, 2, 3] and checkpoint["step"] == 2
