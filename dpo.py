@@ -1,40 +1,34 @@
-"""Stage 3 baseline: DPO, Direct Preference Optimization (Rafailov et al. 2023, arXiv:2305.18290).
+"""DPO, Direct Preference Optimization (Rafailov et al. 2023, arXiv:2305.18290, cited as [DPO]): a baseline.
 
-    python dpo.py             the embedded task, after reward_model.py; other models: README.md
-    python dpo.py --online    the same loss on two fresh responses per prompt, ranked by the reward model
+DPO trains the policy on preference pairs in the way one trains a classifier. Its implicit reward is
+beta log(pi / pi_SFT). Like P3O, it sees rewards only up to an offset per prompt.
 
-The first ends, on two x86 cores, with
-    out/dpo: reward 2.359 at KL 1.36 nats/response on held-out prompts; 625 steps, 1.9 minutes
+    python toy.py && python sft.py && python reward_model.py    # the stages before this one
+    python dpo.py                                               # 2 minutes on two CPU cores; it ends with
+    out/dpo, step 625: gain 2.02 over the SFT model, reward 2.037 at KL 1.43 nats/response on held-out prompts
+    python dpo.py --online                                      # 1 minute; it ends at gain 1.97 at KL 1.63
 
-DPO fits preference pairs as a classifier does, with the implicit reward beta log(pi / pi_SFT) in the place of
-a reward model. Its likelihood is Bradley-Terry's: like P3O, it sees rewards only up to an offset per prompt.
+    -E log sigmoid(beta [log(pi / pi_SFT)(y_w|x) - log(pi / pi_SFT)(y_l|x)])    dpo_loss
+    online, the scores decide which of two responses is the winner y_w          rank_pairs
 
-    L = -E log sigmoid(beta [log(pi / pi_SFT)(y_w|x) - log(pi / pi_SFT)(y_l|x)])        dpo_loss
-    --online: y_w is the response with the higher score                                 rank_pairs
+Read dpo_loss first, then rank_pairs and dpo_step at the end. There are no departures from the paper's loss.
+Offline, a step is one minibatch of the data set, and the reward model only evaluates. --online is not in the
+paper. It ranks two fresh responses to each prompt by their scores. A ranking does not say how close scores
+are, so the loss asks for an ever larger margin, and the KL keeps growing. --labels sampled draws y_w from the
+Bradley-Terry model. Then the optimum is that of P3O at the same beta.
 
-Offline, the reward model only evaluates. --online is not in the paper: a step samples and learns from as many
-responses as one of p3o.py, of whose scores only the order counts. An order hides how close the scores are and
-asks for an infinite margin: the KL keeps growing. --labels sampled draws y_w by Bradley-Terry instead, which
-gives the loss the optimum of P3O at the same beta. Departures from the paper's loss: none.
-
-Legend: B pairs, each a prompt with a chosen and a rejected response, N = 2 B rows; P prompt length, R
-response length, V vocabulary. Prompts are padded on the left, responses on the right. Masks are boolean,
-True counts. Log-probs and KL in nats.
+Notation: B pairs are N = 2 B rows. The chosen response of a pair comes first, and the rejected one follows.
+The other symbols are those of p3o.py.
 """
 
 import json
 import math
 import os
-import signal
 import sys
 import time
-from collections import defaultdict
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait choke a busy machine
 
 import datasets
 import torch
@@ -49,539 +43,464 @@ def flag(default, text):
 
 @dataclass
 class Args:
-    model: str = flag("out/sft", "SFT model: where the policy starts, and the reference of the KL")
-    reward_model: str = flag("out/reward_model", "sequence-classification model with one label")
-    online: bool = flag(False, "learn from fresh responses, two per prompt, ranked by the reward model")
-    labels: Literal["ranked", "sampled"] = flag("ranked", "online winner: higher score, or by Bradley-Terry")
-    dataset: str | None = flag(None, "None: data/toy/preferences, online data/toy/prompts; see data.py")
-    output_dir: str | None = flag(None, "folder of this run; None: out/dpo, online out/dpo_online")
-    seed: int = flag(0, "of data order and sampling")
-    device: str = flag("auto", "auto (cuda when there is one), cpu, cuda, cuda:1, ...")
-    dtype: Literal["float32", "bfloat16"] = flag("float32", "bfloat16: autocast, over float32 weights")
-    learning_rate: float = flag(1e-4, "Adam, falls linearly to 0; 5e-7 to 5e-6 for pretrained models")
-    steps: int | None = flag(None, "online: rollouts, None: 60; offline: optimizer steps, None: by --epochs")
-    prompts_per_step: int = flag(64, "online: B, prompts per rollout; offline a step is one minibatch")
-    epochs: int | None = flag(None, "passes over each rollout, None: 2; offline over the data, None: 1")
+    model: str = flag("out/sft", "SFT model: the policy starts from it, and the KL is measured against it")
+    reward_model: str = flag("out/reward_model", "sequence-classification model with one label, or none")
+    online: bool = flag(False, "learn from two fresh responses per prompt, ranked by the reward model")
+    labels: Literal["ranked", "sampled"] = flag("ranked", "online winner: the higher score, or a random draw")
+    dataset: str | None = flag(None, "name or folder; default data/toy/preferences, online data/toy/prompts")
+    output_dir: str | None = flag(None, "folder of the run; by default out/dpo, online out/dpo_online")
+    seed: int = flag(0, "seed of the data order and of sampling")
+    device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1, ...")
+    dtype: Literal["float32", "bfloat16"] = flag("float32", "bfloat16 is autocast: weights stay in float32")
+    learning_rate: float = flag(1e-4, "Adam's rate, which falls linearly to 0; 5e-7 to 5e-6 if pretrained")
+    steps: int | None = flag(None, "number of minibatches (see --epochs) or, online, of rollouts (60)")
+    prompts_per_step: int = flag(64, "B, prompts per rollout, with --online")
+    epochs: int = flag(1, "passes over the data set, without --online")
+    rollout_epochs: int = flag(2, "passes over each rollout, with --online")
     minibatch_size: int = flag(32, "pairs per optimizer step")
-    micro_batch_size: int = flag(0, "pairs per forward pass, to save memory; 0: the minibatch")
+    micro_batch_size: int = flag(32, "pairs per forward and backward pass; a lower number saves memory")
     beta: float = flag(0.5, "weight of the KL to the SFT model; 0.1 in the paper")
-    missing_eos_penalty: float = flag(1.0, "subtracted from the score of a response cut off without EOS")
-    temperature: float = flag(1.0, "divides the logits, when sampling and in every log-prob")
-    prompt_length: int = flag(32, "tokens; rows with longer prompts are left out and counted")
-    response_length: int = flag(24, "tokens sampled at most, EOS included; longer responses are left out")
-    max_grad_norm: float = flag(1.0, "global gradient-norm clip")
-    eval_every: int = flag(20, "steps between evaluations on held-out rows; 0: only before and after")
-    eval_prompts: int = flag(256, "held-out prompts of an evaluation, and offline held-out pairs")
-    save_every: int = flag(20, "steps between checkpoints; 0: only the last")
-    resume: bool = flag(False, "go on; steps, save_every, micro_batch_size, device may differ")
-    overwrite: bool = flag(False, "replace the run in output_dir")
+    missing_eos_penalty: float = flag(1.0, "number subtracted from the score of a response without EOS")
+    temperature: float = flag(1.0, "number that divides the logits, in sampling and in every log-prob")
+    prompt_length: int = flag(32, "longest prompt in tokens; longer ones are left out")
+    response_length: int = flag(24, "longest response in tokens, EOS included; longer pairs are left out")
+    max_grad_norm: float = flag(1.0, "largest norm of the gradient; a longer gradient is scaled down to it")
+    eval_every: int = flag(20, "steps between evaluations; there is one at step 0 and at the end")
+    eval_prompts: int = flag(256, "number of held-out prompts, and offline of held-out pairs, to evaluate on")
+    save_every: int = flag(20, "steps between checkpoints; there is one at step 0 and at the end")
+    resume: bool = flag(False, "continue from the last checkpoint in output_dir, with the same flags")
+    overwrite: bool = flag(False, "start again in an output_dir that already holds a run")
+    num_responses = 2  # a constant and no flag, because a pair has two responses; score_batch reads it
 
 
 # ------------------------------------------------------------------------------------------- the mathematics
 def dpo_loss(logp_chosen_seq, logp_rejected_seq, ref_chosen_seq, ref_rejected_seq, beta):
-    """-mean log sigmoid(beta [log(pi / pi_SFT)(y_w|x) - log(pi / pi_SFT)(y_l|x)]), nats a pair [DPO, eq. 7].
+    """-log sigmoid(beta [log(pi / pi_SFT)(y_w|x) - log(pi / pi_SFT)(y_l|x)]), a mean over pairs [DPO, eq. 7].
 
-    All (B,), log-probs in nats per response; ref_: of pi_SFT, computed without gradient. Returns (loss,
-    stats), stats being floats, means over the pairs: accuracy, how often the implicit reward
-    beta log(pi / pi_SFT) puts the chosen response first (ties half); margin, implicit_reward_chosen less
-    implicit_reward_rejected; logp_chosen and logp_rejected, which may both fall while the margin grows.
-    ValueError if shapes differ.
+    All log-probs are (B,), in nats per response, and those called ref are the SFT model's. beta is typically
+    0.1 to 0.5. Returns the loss () and means over the pairs: "margin", the sigmoid's argument; "accuracy",
+    the share of margins above 0, where 0 counts half; "logp_chosen" and "logp_rejected", which may both fall
+    while the margin grows. Raises ValueError if the shapes differ.
     """
     logps = logp_chosen_seq, logp_rejected_seq, ref_chosen_seq, ref_rejected_seq
-    if len({x.shape for x in logps}) > 1:
-        raise ValueError(f"shapes differ: {[tuple(x.shape) for x in logps]}")
-    reward_chosen = beta * (logp_chosen_seq - ref_chosen_seq)  # (B,)
-    reward_rejected = beta * (logp_rejected_seq - ref_rejected_seq)
-    margin = reward_chosen - reward_rejected
+    if len({logp.shape for logp in logps}) > 1:
+        raise ValueError(f"expected four of one shape: {[tuple(logp.shape) for logp in logps]}")
+    margin = beta * ((logp_chosen_seq - ref_chosen_seq) - (logp_rejected_seq - ref_rejected_seq))  # (B,)
     stats = {"accuracy": (margin.sign() + 1) / 2, "margin": margin}
-    stats |= {"implicit_reward_chosen": reward_chosen, "implicit_reward_rejected": reward_rejected}
     stats |= {"logp_chosen": logp_chosen_seq, "logp_rejected": logp_rejected_seq}
     loss = -torch.nn.functional.logsigmoid(margin).mean()
     return loss, {name: value.detach().mean().item() for name, value in stats.items()}
 
 
 # -------------------------------------------------------------------------------------- tokens and log-probs
-TOKENS = "prompt_ids", "prompt_mask", "response_ids", "response_mask"  # (N, P), (N, P), (N, R), (N, R)
-
-
-def pad(sequences, side, tokenizer, device):
-    """Token lists -> ids (N, L), mask (N, L), padded to the longest on `side`, "left" or "right"."""
-    rows = tokenizer.pad({"input_ids": sequences}, padding_side=side, return_tensors="pt").to(device)
-    return rows["input_ids"], rows["attention_mask"].bool()
-
-
+# The functions from here to the main section are the same text in every training script that has them.
 def model_inputs(prompt_ids, prompt_mask, response_ids, response_mask):
-    """Joins prompts and responses for a forward pass. Positions count real tokens: padding shifts nothing."""
-    ids = torch.cat([prompt_ids, response_ids], 1)
+    """Joins prompts and responses. Positions count real tokens only, so that padding shifts nothing."""
+    ids = torch.cat([prompt_ids, response_ids], 1)  # (N, P + R)
     mask = torch.cat([prompt_mask, response_mask], 1).long()
     return {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
 
 
-def response_distributions(model, prompt_ids, prompt_mask, response_ids, response_mask, temperature=1.0):
-    """log pi(. | x, y_<t) at every response position: (N, R, V), float32 whatever the model's dtype."""
+def response_logps(model, prompt_ids, prompt_mask, response_ids, response_mask, temperature=1.0):
+    """log pi(y_t | x, y_<t) in nats: (N, R), float32, 0 where response_mask is False. Gradients flow.
+
+    Prompts (N, P) are padded on the left and responses (N, R) on the right. Masks are boolean.
+    """
     inputs = model_inputs(prompt_ids, prompt_mask, response_ids, response_mask)
     keep = response_ids.shape[1] + 1  # the last prompt token predicts the first response token
     logits = model(**inputs, use_cache=False, logits_to_keep=keep).logits[:, :-1]
-    return torch.log_softmax(logits.float() / temperature, -1)
-
-
-def response_logps(model, prompt_ids, prompt_mask, response_ids, response_mask, temperature=1.0):
-    """log pi(y_t | x, y_<t) in nats: (N, R), float32, 0 where response_mask is False; gradients flow.
-
-    Prompts (N, P) are padded on the left, responses (N, R) on the right; masks are boolean.
-    """
-    logps = response_distributions(model, prompt_ids, prompt_mask, response_ids, response_mask, temperature)
+    logps = torch.log_softmax(logits.float() / temperature, -1)  # (N, R, V)
     return logps.gather(-1, response_ids.unsqueeze(-1)).squeeze(-1).masked_fill(~response_mask, 0.0)
 
 
 def read_score(model, prompt_ids, prompt_mask, response_ids, response_mask):
-    """r(x, y): the score head read at the last response token, by position: pad may be EOS. (N,), float32."""
+    """r(x, y), the output of the score head at the last token of each response: (N,), float32."""
     inputs = model_inputs(prompt_ids, prompt_mask, response_ids, response_mask)
     hidden = model.base_model(**inputs, use_cache=False).last_hidden_state.float()  # (N, P + R, D)
-    with torch.autocast(hidden.device.type, enabled=False):  # bfloat16 would round scores by up to 1%
-        values = model.score(hidden[:, prompt_ids.shape[1] - 1 :]).squeeze(-1)  # (N, 1 + R)
-    return values.gather(1, response_mask.sum(1, keepdim=True)).squeeze(1)
+    with torch.autocast(hidden.device.type, enabled=False):  # a bfloat16 head would round scores by up to 1%
+        scores = model.score(hidden[:, prompt_ids.shape[1] - 1 :]).squeeze(-1)  # (N, 1 + R)
+    return scores.gather(1, response_mask.sum(1, keepdim=True)).squeeze(
+        1
+    )  # by position, as pad may equal EOS
+
+
+def token_rows(batch, rows):
+    """Selects rows of a batch and returns its token tensors as keyword arguments for the functions above."""
+    names = "prompt_ids", "prompt_mask", "response_ids", "response_mask"
+    return {name: batch[name][rows] for name in names}
+
+
+def pad_rows(prompt_ids, response_ids, tokenizer, args):
+    """Pads N prompts on the left and N responses on the right: a batch, as token_rows reads it."""
+    prompt, response = (
+        tokenizer.pad({"input_ids": ids}, padding_side=side, return_tensors="pt").to(args.device)
+        for ids, side in ((prompt_ids, "left"), (response_ids, "right"))
+    )
+    batch = {"prompt_ids": prompt["input_ids"], "prompt_mask": prompt["attention_mask"].bool()}
+    return batch | {"response_ids": response["input_ids"], "response_mask": response["attention_mask"].bool()}
 
 
 # ------------------------------------------------------------------------------------------- data and models
-LEAST_SHARE = 0.1  # of the rows must be within the length limits
+def check(condition, message):
+    """Ends the program with a one-line error message if the condition does not hold."""
+    if not condition:
+        sys.exit(f"error: {message}")
 
 
-def read_rows(name, splits, columns, tokenizer, args, limit=None):
-    """[{"prompt": text, "prompt_ids": [...], "response_ids": [[...], ...]}, ...], a response for each column.
-
-    Of the first of `splits` there is. Texts are taken literally, EOS is added; longer rows are left out.
-    """
-    todo = f"python data.py --dataset {name} --model {args.model} --output_dir data/NAME makes it readable"
-    with explained(f"cannot read data set {name!r}", todo):
-        data = datasets.load_dataset(name)
-        split = next((split for split in splits if split in data), splits[0])
-        texts = {column: data[split][column][:] for column in ("prompt", *columns)}
-        ids = {column: tokenizer(x, add_special_tokens=False)["input_ids"] for column, x in texts.items()}
-    rows = []
-    for i, prompt in enumerate(texts["prompt"]):
-        response_ids = [ids[column][i] + [tokenizer.eos_token_id] for column in columns]
-        longest = max([len(x) for x in response_ids], default=0)
-        if 0 < len(ids["prompt"][i]) <= args.prompt_length and longest <= args.response_length:
-            rows.append({"prompt": prompt, "prompt_ids": ids["prompt"][i], "response_ids": response_ids})
-    used = f"{name} [{split}]: {len(rows)} of {len(texts['prompt'])} rows are within the length limits"
-    todo = f"raise --prompt_length {args.prompt_length} or --response_length {args.response_length}"
-    require(len(rows) > LEAST_SHARE * len(texts["prompt"]), f"{used}; {todo}")
-    less = "" if 2 * len(rows) > len(texts["prompt"]) else "warning, less than half: "
-    print(less + used, flush=True)
-    return rows[:limit]
-
-
-def data_order(num_rows, size, step, seed):
-    """Row numbers of step 1, 2, ...: passes over the data, each shuffled by a seed: no state to save."""
-    rows, place = [], (step - 1) * size
-    while len(rows) < size:
-        epoch, start = divmod(place + len(rows), num_rows)
-        order = torch.randperm(num_rows, generator=torch.Generator().manual_seed(seed * 10**6 + epoch))
-        rows += order[start : start + size - len(rows)].tolist()
-    return rows
-
-
-def load_tokenizer(name):
-    """The tokenizer of a model; where it has no padding token EOS serves, as masks go by position."""
-    with explained(f"cannot load a tokenizer from {name!r}", "run the stage before, or name another model"):
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    useful = tokenizer.eos_token and len(tokenizer) > 1  # without its files GPT-2's knows EOS alone
-    require(useful, f"{name!r} has no tokenizer, or it has no EOS; use another model")
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+def load_tokenizer(args):
+    """Loads the model's tokenizer and checks that its EOS is the token that ends a turn in the data set."""
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # safe: no mask looks for this token
+    eos, record = tokenizer.eos_token, Path(args.dataset, "data.json")  # data.py writes this file
+    end = json.loads(record.read_text())["eos_token"] if record.exists() else eos
+    check(eos and eos == end, f"{args.model} has EOS {eos!r}, {args.dataset} has {end!r}; run sft.py first")
     return tokenizer
 
 
-def load_model(auto_class, name, tokenizer, args, may_miss=(), **options):
-    """A decoder-only model in float32 and eval mode: no dropout, ever. may_miss: weights made afresh."""
-    todo = "name a decoder-only one, with embeddings for EOS and padding, or another --device"
-    with explained(f"cannot use {name!r} as a model on --device {args.device}", todo):
-        options |= {"dtype": torch.float32, "output_loading_info": True}
-        model, info = auto_class.from_pretrained(name, **options)
-        model = model.eval().to(args.device)
-        # A probe: the hidden states of a row are the same alone and behind a pad, whatever follows.
-        ids = [[1, 2, 0, tokenizer.eos_token_id], [tokenizer.pad_token_id, 1, 2, 0]]
-        ids, mask = torch.tensor([ids, [[1, 1, 1, 1], [0, 1, 1, 1]]], device=args.device)  # (2, 4) each
-        inputs = model_inputs(ids[:, :2], mask[:, :2], ids[:, 2:], mask[:, 2:])
-        with torch.no_grad():
-            hidden = model.base_model(**inputs, use_cache=False).last_hidden_state  # (2, 4, D)
-        same = bool((hidden[0, :3] - hidden[1, 1:]).abs().max() <= 1e-3 * hidden.abs().max())
-    require(same, f"{name!r} sees padding or later tokens, or is not finite; use a decoder-only model")
-    whole = set(info["missing_keys"]) <= set(may_miss) and "score.weight" not in info["unexpected_keys"]
-    whole &= hasattr(model, "score") or "num_labels" not in options
-    whole &= not getattr(model, "_hf_peft_config_loaded", False)  # an adapter on some other model
-    require(whole, f"{name!r} is not a whole {auto_class.__name__.removeprefix('AutoModelFor')}; name one")
-    need = args.prompt_length + args.response_length
-    most = getattr(model.config, "max_position_embeddings", None) or need
-    require(need <= most, f"{name!r} holds {most} tokens, not {need}; lower --prompt_length")
-    return model
+def read_rows(name, splits, columns, tokenizer, args):
+    """Reads the prompts, and the responses in these columns, of the first of these splits that there is.
+
+    Returns {"prompt": text, "prompt_ids": tokens, "response_ids": [tokens for each column]} for each row
+    within the length limits. EOS ends each response. Without a column "completion", "chosen" serves as it.
+    """
+    if Path(name).is_dir():  # load_dataset would cache local files and might return an older version
+        files = {file.stem: file.open(encoding="utf-8") for file in Path(name).glob("*.jsonl")}
+        data = {split: [json.loads(line) for line in file] for split, file in files.items()}
+    else:
+        data = datasets.load_dataset(name)
+    split = next((split for split in splits if split in data), None)
+    found = data[split][0].keys() if split and data[split] else ()
+    columns = ["chosen" if column == "completion" and column not in found else column for column in columns]
+    readable = {"prompt", *columns} <= set(found)
+    check(readable, f"{name} has no columns {['prompt', *columns]} in a split {splits}; make it with data.py")
+    texts = {column: [row[column] for row in data[split]] for column in ["prompt", *columns]}
+    ids = {column: tokenizer(texts[column], add_special_tokens=False)["input_ids"] for column in texts}
+    rows = []
+    for i, prompt_ids in enumerate(ids["prompt"]):
+        response_ids = [ids[column][i] + [tokenizer.eos_token_id] for column in columns]
+        longest = max(map(len, response_ids), default=0)
+        if 0 < len(prompt_ids) <= args.prompt_length and longest <= args.response_length:
+            rows.append(
+                {"prompt": texts["prompt"][i], "prompt_ids": prompt_ids, "response_ids": response_ids}
+            )
+    print(f"{name} ({split}): {len(rows)} of {len(texts['prompt'])} rows fit the length limits", flush=True)
+    check(rows, f"no row fits --prompt_length {args.prompt_length} and --response_length; raise them")
+    return rows
+
+
+def data_order(num_rows, size, step, seed):
+    """The row numbers for step 1, 2, ... Each pass is shuffled by a seed, so there is no state to save."""
+    first, last = (
+        (step - 1) * size // num_rows,
+        (step * size - 1) // num_rows,
+    )  # the passes that this step touches
+    generators = [torch.Generator().manual_seed(seed * 10**6 + i) for i in range(first, last + 1)]
+    order = torch.cat([torch.randperm(num_rows, generator=generator) for generator in generators])
+    return order[(step - 1) * size - first * num_rows :][:size].tolist()
+
+
+def load_model(auto_class, name, tokenizer, args, may_lack=(), **options):
+    """Loads a model in float32 and in eval mode: with dropout the first importance ratio would not be 1."""
+    model, info = auto_class.from_pretrained(name, dtype=torch.float32, output_loading_info=True, **options)
+    lacking = sorted(set(info["missing_keys"]) - set(may_lack))
+    check(not lacking, f"{name} lacks the weights {lacking[:3]}; give a model that has them")
+    other_heads = ("lm_head.", "embed_out.") if "num_labels" in options else ()
+    unread = [key for key in info["unexpected_keys"] if not key.startswith(other_heads)]
+    unread += [file.name for file in Path(name).glob("adapter_config.json")]
+    check(not unread, f"{name} holds {unread[:3]}, which would be ignored; merge or remove them first")
+    rows, highest = model.get_input_embeddings().num_embeddings, max(tokenizer.get_vocab().values())
+    check(highest < rows, f"{name} has {rows} embeddings, too few for token id {highest}; resize them")
+    limit = getattr(model.config, "max_position_embeddings", None) or math.inf
+    fitting = args.prompt_length + args.response_length <= limit
+    check(fitting, f"{name} takes at most {limit} tokens; lower --prompt_length or --response_length")
+    return model.eval().to(args.device)
 
 
 def load_reward(tokenizer, args):
-    """r(x, y), a function from a batch to scores (N,). To replace where the reward is your own: README.md."""
+    """The reward r(x, y): a function from a batch to N scores. Replace it to use a reward of your own."""
     model = load_model(AutoModelForSequenceClassification, args.reward_model, tokenizer, args, num_labels=1)
+    matches = AutoTokenizer.from_pretrained(args.reward_model).get_vocab() == tokenizer.get_vocab()
+    check(matches, f"{args.reward_model} has another tokenizer; see 'Your own reward' in README.md")
     model.requires_grad_(False)
-    same = load_tokenizer(args.reward_model).get_vocab() == tokenizer.get_vocab()
-    require(same, f"{args.reward_model!r} has another tokenizer; see 'Your own reward' in README.md")
-    return lambda batch: read_score(model, *(batch[name] for name in TOKENS))
+    return lambda batch: read_score(model, **token_rows(batch, slice(None)))
 
 
 # --------------------------------------------------------------------------- rollout, metrics and evaluation
 def autocast(args):
-    """--dtype bfloat16: forward passes in bfloat16 over float32 weights, where small updates are not lost."""
     return torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.dtype == "bfloat16")
 
 
 @torch.no_grad()
 def sample_batch(policy, rows, num_responses, tokenizer, args):
-    """K responses to each prompt of B rows: a batch, a dict of N = B * K rows, tensors and lists of texts."""
+    """Samples K responses to each of B prompts. Returns a batch: a dict of tensors and lists of N rows."""
     rows = [row for row in rows for _ in range(num_responses)]
-    prompt_ids, prompt_mask = pad([row["prompt_ids"] for row in rows], "left", tokenizer, args.device)
-    config = {"do_sample": True, "temperature": args.temperature, "top_k": 0, "top_p": 1.0}
-    config |= {"max_new_tokens": args.response_length, "remove_invalid_values": True}
-    config |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    policy.generation_config = transformers.GenerationConfig(**config)  # saved too: it samples as here
-    with autocast(args):
-        ids = policy.generate(input_ids=prompt_ids, attention_mask=prompt_mask.long())
-    ids = ids[:, prompt_ids.shape[1] :]  # (N, R)
+    prompt_ids = {"input_ids": [row["prompt_ids"] for row in rows]}
+    prompt = tokenizer.pad(prompt_ids, padding_side="left", return_tensors="pt").to(args.device)
+    with autocast(args):  # main has set the temperature and the length in policy.generation_config
+        ids = policy.generate(**prompt)[:, prompt["input_ids"].shape[1] :]  # (N, R)
     is_eos = ids == tokenizer.eos_token_id
-    mask = is_eos.cumsum(1) - is_eos.int() == 0  # up to the first EOS, by position: pad may be EOS
-    batch = dict(zip(TOKENS, (prompt_ids, prompt_mask, ids, mask)))
-    batch["ended"] = is_eos.any(1)  # (N,)
+    mask = is_eos.cumsum(1) - is_eos.int() == 0  # True up to and including the first EOS
+    batch = {"prompt_ids": prompt["input_ids"], "prompt_mask": prompt["attention_mask"].bool()}  # (N, P)
+    batch |= {"response_ids": ids, "response_mask": mask, "ended": is_eos.any(1)}  # (N, R), (N, R), (N,)
     batch["prompt"] = [row["prompt"] for row in rows]
     batch["response"] = [tokenizer.decode(y[m], skip_special_tokens=True) for y, m in zip(ids, mask)]
     return batch
 
 
+def compute_scores(reward_function, batch):
+    """Calls the reward function, checks that it gives N finite numbers, and returns them as a list."""
+    scores = reward_function(batch)
+    scores = scores.tolist() if hasattr(scores, "tolist") else scores
+    complete = isinstance(scores, list) and len(scores) == len(batch["response"])
+    check(complete, f"the reward is {scores!r:.50}; return a list of one number for each response")
+    for score, response in zip(scores, batch["response"]):
+        finite = hasattr(score, "__float__") and math.isfinite(score)
+        check(finite, f"the reward of the response {response!r} is {score!r}; return a finite number")
+    return scores
+
+
 @torch.no_grad()
-def score_batch(batch, models, size, args):
-    """Adds score, float64 (N,): r(x, y) less the missing-EOS penalty; and, (N, R) in nats, logp_old_tok,
-    logp_ref_tok, entropy_tok, and kl_tok, the exact KL of the next-token distributions.
-
-    By the forward pass of training, as the sampler's log-probs are not the same bits; `size` rows at a time.
-    """
-    policy, reference, score_fn = models
-    parts = []
-    for first in range(0, len(batch["response"]), size):
-        part = {name: x[first : first + size] for name, x in batch.items()}
-        tokens = [part[name] for name in TOKENS]
+def score_batch(batch, policy, reference, reward_function, args):
+    """Adds score (N,), logp_old_tok and logp_ref_tok (N, R). float64 lets offsets of the score cancel."""
+    scores, logp_old, logp_ref = [], [], []
+    size = args.micro_batch_size * args.num_responses
+    for first in range(0, len(batch["prompt"]), size):
+        part = {name: values[first : first + size] for name, values in batch.items()}
+        tokens = token_rows(part, slice(None))
         with autocast(args):
-            log_old = response_distributions(policy, *tokens, args.temperature)  # (n, R, V)
-            log_ref = response_distributions(reference, *tokens, args.temperature)
-            score = torch.as_tensor(score_fn(part), dtype=torch.float64, device=args.device).flatten()
-        ids, outside = part["response_ids"].unsqueeze(-1), ~part["response_mask"]
-        values = {"logp_old_tok": log_old.gather(-1, ids).squeeze(-1)}
-        values["logp_ref_tok"] = log_ref.gather(-1, ids).squeeze(-1)
-        values["entropy_tok"] = -(log_old.exp() * log_old).sum(-1)
-        values["kl_tok"] = (log_old.exp() * (log_old - log_ref)).sum(-1)
-        values = {name: x.masked_fill(outside, 0.0) for name, x in values.items()}
-        values["score"] = torch.where(part["ended"], score, score - args.missing_eos_penalty)
-        parts.append(values)
-    return batch | {name: torch.cat([values[name] for values in parts]) for name in parts[0]}
+            logp_old.append(response_logps(policy, **tokens, temperature=args.temperature))
+            logp_ref.append(response_logps(reference, **tokens, temperature=args.temperature))
+            scores += compute_scores(reward_function, part)
+    batch["score"] = torch.tensor(scores, dtype=torch.float64, device=args.device)
+    batch["score"] -= args.missing_eos_penalty * ~batch["ended"]
+    batch["logp_old_tok"], batch["logp_ref_tok"] = torch.cat(logp_old), torch.cat(logp_ref)
 
 
-def batch_metrics(batch, num_responses, beta):
-    """Means of a scored batch: reward, objective (reward - beta kl), kl and kl_exact (nats) per response;
-    reward_std and kl_std among responses; entropy (nats) and perplexity under the reference per token;
-    response_length (tokens); eos_rate; frac_identical_pairs, of the pairs of responses to a prompt."""
-    mask, tokens = batch["response_mask"], batch["response_mask"].sum()
-    reward, kl = batch["score"], (batch["logp_old_tok"] - batch["logp_ref_tok"]).sum(1)  # (N,) each
-    metrics = {"reward": reward.mean(), "objective": reward.mean() - beta * kl.mean(), "kl": kl.mean()}
-    metrics |= {"reward_std": reward.std(correction=0), "kl_std": kl.std(correction=0)}
-    metrics["kl_exact"] = batch["kl_tok"].sum(1).mean()
-    metrics["entropy"] = batch["entropy_tok"].sum() / tokens
-    metrics["perplexity"] = (-batch["logp_ref_tok"].sum() / tokens).exp()
-    metrics |= {"response_length": tokens / len(mask), "eos_rate": batch["ended"].float().mean()}
-    if num_responses > 1:
-        ids = batch["response_ids"].masked_fill(~mask, -1).unflatten(0, (-1, num_responses))  # (B, K, R)
-        i, j = torch.triu_indices(num_responses, num_responses, offset=1)
-        metrics["frac_identical_pairs"] = (ids[:, i] == ids[:, j]).all(-1).float().mean()
-    return {name: value.item() for name, value in metrics.items()}
+def batch_metrics(batches):
+    """Means over scored batches. KL (nats per response) and entropy (nats per token) are sample estimates."""
+    parts = []
+    for batch in batches:
+        old, ref = batch["logp_old_tok"].sum(1), batch["logp_ref_tok"].sum(1)
+        parts.append(torch.stack([batch["score"], old, ref, batch["response_mask"].sum(1), batch["ended"]]))
+    score, logp_old, logp_ref, length, ended = torch.cat(parts, 1).mean(1).tolist()  # parts: (5, N) each
+    metrics = {"reward": score, "kl": logp_old - logp_ref, "entropy": -logp_old / length}
+    return metrics | {"response_length": length, "eos_rate": ended}
 
 
-def cost_metrics(batch, clock):
-    """Seconds of each phase, from the clock around them; tokens per second; the GPU's peak memory."""
-    phases = zip(("seconds_rollout", "seconds_score", "seconds_update"), clock, clock[1:])
-    metrics = {name: end - start for name, start, end in phases}
-    mask = batch["response_mask"]
-    metrics["tokens_per_second"] = mask.sum().item() / (clock[-1] - clock[0])
-    peak = torch.cuda.max_memory_allocated(mask.device) if mask.is_cuda else 0
-    return metrics | {"peak_memory_gb": peak / 1e9}
-
-
-def evaluate(step, models, held_out, tokenizer, args):
-    """eval_ metrics on held-out prompts, always with the same seed; the texts go to samples_STEP.jsonl."""
+def evaluate(step, policy, reference, reward_function, held_out, tokenizer, args):
+    """Metrics on the held-out prompts, always with the same seed. Writes the texts to samples_STEP.jsonl."""
     torch.manual_seed(args.seed * 10**6)
-    batch = sample_batch(models[0], held_out, 1, tokenizer, args)
-    batch = score_batch(batch, models, args.micro_batch_size, args)
-    samples = zip(batch["prompt"], batch["response"], batch["score"].tolist())
-    rows = [{"step": step, "prompt": x, "response": y, "reward": r} for x, y, r in samples]
-    Path(args.output_dir, f"samples_{step}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    metrics = {f"eval_{name}": value for name, value in batch_metrics(batch, 1, args.beta).items()}
-    reached = f"reward {metrics['eval_reward']:.3f}, KL {metrics['eval_kl']:.2f} nats/response"
-    tqdm.write(f"step {step}: {reached}, {metrics['eval_response_length']:.1f} tokens, on held-out prompts")
+    batches, folder = [], Path(args.output_dir)
+    for rows in (held_out[first : first + 128] for first in range(0, len(held_out), 128)):
+        batches.append(sample_batch(policy, rows, 1, tokenizer, args))
+        score_batch(batches[-1], policy, reference, reward_function, args)
+    texts = [row for b in batches for row in zip(b["prompt"], b["response"], b["score"].tolist())]
+    lines = [json.dumps(dict(zip(("prompt", "response", "reward"), row))) + "\n" for row in texts]
+    (folder / f"samples_{step}.jsonl").write_text("".join(lines))
+    metrics = {f"eval_{name}": value for name, value in batch_metrics(batches).items()}
+    log = (folder / "metrics.jsonl").read_text().splitlines()
+    start = json.loads(log[0]) if log else metrics  # at step 0 the policy is the SFT model
+    metrics["eval_gain"] = metrics["eval_reward"] - start["eval_reward"]
+    text = "gain {eval_gain:.2f} over the SFT model, reward {eval_reward:.3f} at KL {eval_kl:.2f} nats"
+    tqdm.write(f"{folder}, step {step}: {text.format(**metrics)}/response on held-out prompts")
     return metrics
 
 
 # ------------------------------------------------------------------------------- the run folder and failures
-MAY_CHANGE = "steps", "save_every", "micro_batch_size", "device", "resume", "overwrite"  # on --resume
-stop_signals = []
-
-
-def require(condition, message, status=2):
-    """If it does not hold, ends the run in one line: what is wrong; what to do. Status 2: input, 1: run."""
-    if not condition:
-        message = "".join(c if c.isprintable() else "?" for c in message)  # no text may drive the terminal
-        print(f"error: {message}", file=sys.stderr)
-        sys.exit(status)
-
-
-@contextmanager
-def explained(wrong, todo, status=2):
-    """Whatever is raised inside ends the run in one line: each library raises kinds of its own."""
-    try:
-        yield
-    except Exception as error:
-        reason = (str(error.__cause__ or error).strip() or type(error).__name__).splitlines()[0][:200]
-        require(False, f"{wrong} ({reason}); {todo}", status)
-
-
 def check_args(args, may_be_zero):
-    """Numbers in range, an output folder that is free or holds a run to go on with; sets the device."""
+    """Checks that numbers are in range and that the output folder is free or holds a run to go on with."""
+    check(os.environ.get("WORLD_SIZE", "1") == "1", "this script is one process; see examples/ for several")
+    folder = Path(args.output_dir)
     for name, value in vars(args).items():
-        zero = name in may_be_zero.split()
-        good = type(value) not in (int, float) or 0 < value <= 1e9 or (value == 0 and zero)
-        need = "at least 0" if zero else "above 0"
-        require(good, f"--{name} {value} is out of range; give {need}, up to 1e9")
-    args.device = args.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
-    folder, todo = Path(args.output_dir), "choose another --output_dir"
-    is_run = (folder / "args.json").exists()
-    require(is_run or not any(folder.glob("*")), f"{folder} holds files but no run; {todo}")
-    require(is_run or not args.resume, f"{folder} holds no run; leave out --resume")
-    clear = not is_run or args.resume != args.overwrite
-    require(clear, f"{folder} holds a run; give either --resume or --overwrite, or {todo}")
-    for name in [name for name in ("model", "reward_model", "dataset") if hasattr(args, name)]:
-        inside = Path(getattr(args, name)).resolve().is_relative_to(folder.resolve())
-        require(not inside, f"--output_dir {folder} holds the input --{name}; {todo}")
+        in_range = type(value) not in (int, float) or value > 0 or (value == 0 and name in may_be_zero)
+        check(in_range, f"--{name} {value} is out of range; give a larger number")
+        names_input = name in ("model", "reward_model", "dataset") and value
+        inside = names_input and Path(value).resolve().is_relative_to(folder.resolve())
+        check(not inside, f"--{name} lies inside --output_dir; give another --output_dir")
+    check(folder.is_dir() or not os.path.lexists(folder), f"{folder} is no folder; give another --output_dir")
+    is_run = (folder / "args.json").exists() and args.resume != args.overwrite
+    free = is_run or not any(folder.glob("*"))
+    check(free, f"{folder} is not empty; --resume or --overwrite its run, or give another --output_dir")
 
 
-def open_run(args, parts):
-    """Makes the folder, or on --resume cuts its log back and loads the parts; takes over the signals.
-
-    parts: {name: what has a state_dict}. Returns the steps done and the metrics of the last, or 0 and {}.
-    """
-    folder, path = Path(args.output_dir), Path(args.output_dir, "checkpoint.pt")
-    checkpoint = {"step": 0, "metrics": {}, "log_size": 0}
-    if args.resume and path.exists():
-        with explained(f"cannot resume from {path}", "start again with --overwrite"):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-            done, before = checkpoint["step"], checkpoint["args"]
-            for name in [name for name in vars(args) if name not in MAY_CHANGE]:
-                was, now = before.get(name), getattr(args, name)
-                require(was == now, f"--{name} was {was} and is now {now}; only {MAY_CHANGE[:4]} may change")
-            fits = done < args.steps or done == args.steps == before["steps"]
-            require(fits, f"{folder} has done {done} of {args.steps} steps; raise --steps")
-            for name, part in parts.items():
-                part.load_state_dict(checkpoint["parts"][name])
-    with explained(f"cannot write to {folder}", "choose another --output_dir"):
-        folder.mkdir(parents=True, exist_ok=True)
-        if not checkpoint["metrics"]:  # no model and no text of an old run is taken for this one's
-            for file in (path, folder / "config.json", *folder.glob("samples_*.jsonl")):
-                file.unlink(missing_ok=True)
-        (folder / "args.json").write_text(json.dumps({"args": vars(args)}, indent=2))
-        with open(folder / "metrics.jsonl", "a") as log:
-            log.truncate(min(log.tell(), checkpoint["log_size"]))
-    signal.signal(signal.SIGINT, on_signal)
-    signal.signal(signal.SIGTERM, on_signal)
-    return checkpoint["step"], checkpoint["metrics"]
+def open_run(model, optimizer, args):
+    """Claims the output folder. Returns the checkpoint to --resume from, or a new one whose step is -1."""
+    folder, checkpoint = Path(args.output_dir), {"step": -1, "log_size": 0}
+    if args.resume and (folder / "checkpoint.pt").exists():
+        checkpoint = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+        may_change = "output_dir steps save_every micro_batch_size device resume overwrite".split()
+        for name in vars(args).keys() - may_change:
+            before, now = str(checkpoint["args"].get(name)), str(getattr(args, name))
+            unchanged = os.path.realpath(before) == os.path.realpath(now)  # out/sft is ./out/sft
+            check(unchanged, f"--{name} was {before} and is now {now}; --resume cannot change it")
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+    folder.mkdir(parents=True, exist_ok=True)
+    begun = (folder / "args.json").exists() and not (args.resume or args.overwrite)
+    check(not begun, f"another run has just begun in {folder}; give another --output_dir")
+    with open(folder / "args.json", "w" if args.resume or args.overwrite else "x") as file:
+        json.dump({"args": vars(args)}, file, indent=2)
+    old_files = [] if checkpoint["step"] >= 0 else ["checkpoint.pt", "config.json", "samples_*.jsonl"]
+    for pattern in [*old_files, "**/.tmp*"]:  # a kill while safetensors writes leaves .tmp files
+        for file in folder.glob(pattern):
+            file.unlink()
+    with open(folder / "metrics.jsonl", "a") as log:
+        log.truncate(checkpoint["log_size"])  # drops the steps after the checkpoint, which will be done again
+    return checkpoint
 
 
-def on_signal(number, frame):
-    """Lets the step finish and save, and says so at once; the same signal again ends at once."""
-    stop_signals.append(number)
-    signal.signal(number, signal.SIG_DFL)
-    os.write(2, b"stopping after this step, which will be saved\n")  # print could be what was interrupted
-
-
-def end_step(args, step, metrics, parts, tokenizer):
-    """Logs a step; saves when due, after the last, or when a signal asks to stop, and then exits.
-
-    parts: as in open_run; the models among them are exported to the subfolders they are named by.
-    """
-    folder, stop = Path(args.output_dir), list(stop_signals)  # later signals wait for the next step
-    due = args.save_every and step > 0 and step % args.save_every == 0
-    with explained(f"cannot save step {step}", "make room, then --resume from the last checkpoint", 1):
-        with open(folder / "metrics.jsonl", "a") as log:
-            log.write(json.dumps({"step": step} | metrics) + "\n")
-        if due or stop or step == args.steps:
-            state = {"step": step, "metrics": metrics, "args": vars(args)}
-            state["log_size"] = (folder / "metrics.jsonl").stat().st_size
-            state["parts"] = {name: part.state_dict() for name, part in parts.items()}
-            for name in [x for x, part in parts.items() if isinstance(part, transformers.PreTrainedModel)]:
-                parts[name].save_pretrained(folder / name)
-                tokenizer.save_pretrained(folder / name)
-            torch.save(state, folder / "checkpoint.pt.new")
-            os.replace(folder / "checkpoint.pt.new", folder / "checkpoint.pt")  # last: now the rest is whole
-    if stop:
-        print(f"stopped after step {step} of {args.steps} and saved; go on with --resume", file=sys.stderr)
-        sys.exit(128 + stop[0])
-
-
-def guard(main, args_class):
-    """Command line -> main(args). What a user can mend ends the run in one line, not in a traceback."""
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(60)  # above CRITICAL: what it reports as errors, we raise
-    with explained("cannot read the command line", "see --help"):
-        parser = transformers.HfArgumentParser(args_class, allow_abbrev=False, exit_on_error=False)
-        (args,) = parser.parse_args_into_dataclasses(look_for_args_file=False)
-    try:
-        main(args)
-    except KeyboardInterrupt:
-        require(False, "interrupted; what was saved is kept", 130)
-    except torch.OutOfMemoryError:
-        require(False, "out of memory; lower --micro_batch_size, which may change on --resume, or lengths", 1)
+def save(step, model, optimizer, tokenizer, args, **more):
+    """Exports the model for from_pretrained, then replaces the checkpoint in one move."""
+    folder = Path(args.output_dir)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    checkpoint = {"step": step, "args": vars(args), "log_size": (folder / "metrics.jsonl").stat().st_size}
+    checkpoint |= {"model": model.state_dict(), "optimizer": optimizer.state_dict(), **more}
+    torch.save(checkpoint, folder / "checkpoint.pt.new")
+    os.replace(folder / "checkpoint.pt.new", folder / "checkpoint.pt")
 
 
 # ------------------------------------------------------------------------------------------------------ main
 def rank_pairs(batch, labels="ranked"):
-    """A batch of 2 responses per prompt, N rows, as pairs: its tensors with each chosen response first.
+    """Turns a scored batch, 2 responses per prompt, into pairs: the chosen response of each comes first.
 
-    labels: "ranked", the higher score is chosen; "sampled", Gumbel noise on the scores makes it a draw by
-    Bradley-Terry, P(y_1 chosen) = sigmoid(r_1 - r_2). Ties keep the order of sampling, a fair coin too;
-    identical responses give no gradient.
+    "ranked" chooses the higher score, and of two equal scores the first. "sampled" chooses the second with
+    the probability sigmoid(r_2 - r_1), which is that of the Bradley-Terry model.
     """
-    score = batch["score"].view(-1, 2)
-    if labels == "sampled":
-        score = score - torch.empty_like(score).exponential_().log()
-    order = score.argsort(dim=1, descending=True, stable=True)  # (B, 2)
-    rows = (2 * torch.arange(len(order), device=order.device).unsqueeze(1) + order).flatten()
-    return {name: batch[name][rows] for name in (*TOKENS, "logp_ref_tok")}
+    first, second = batch["score"].view(-1, 2).unbind(1)  # (B,) each
+    swap = torch.bernoulli(torch.sigmoid(second - first)) if labels == "sampled" else second > first
+    rows = torch.arange(2 * len(swap), device=swap.device) ^ swap.long().repeat_interleave(2)  # 2 ^ 1 is 3
+    return token_rows(batch, rows) | {"logp_ref_tok": batch["logp_ref_tok"][rows]}
 
 
 @torch.no_grad()
 def read_pairs(reference, rows, tokenizer, args):
-    """Pairs of the data in the form of rank_pairs: tensors of N rows, each chosen response first."""
-    prompts = [row["prompt_ids"] for row in rows for _ in range(2)]
-    responses = [ids for row in rows for ids in row["response_ids"]]
-    tokens = *pad(prompts, "left", tokenizer, args.device), *pad(responses, "right", tokenizer, args.device)
-    logps, size = [], 2 * args.micro_batch_size
-    for first in range(0, len(responses), size):
-        part = [x[first : first + size] for x in tokens]
+    """Makes B rows of the data set into a batch of pairs, in the form that rank_pairs returns."""
+    prompt_ids = [row["prompt_ids"] for row in rows for _ in range(2)]
+    response_ids = [ids for row in rows for ids in row["response_ids"]]
+    batch, logps = pad_rows(prompt_ids, response_ids, tokenizer, args), []
+    for part in torch.arange(len(prompt_ids)).split(2 * args.micro_batch_size):
         with autocast(args):
-            logps.append(response_logps(reference, *part, args.temperature))
-    return dict(zip(TOKENS, tokens)) | {"logp_ref_tok": torch.cat(logps)}
+            logps.append(response_logps(reference, **token_rows(batch, part), temperature=args.temperature))
+    return batch | {"logp_ref_tok": torch.cat(logps)}
 
 
-def pairs_loss(policy, batch, pairs, args):
-    """dpo_loss on some of the B pairs of a batch that has each chosen response first, and metrics."""
-    rows = (2 * pairs.unsqueeze(1) + torch.arange(2)).flatten()
-    with autocast(args):
-        logp_tok = response_logps(policy, *(batch[x][rows] for x in TOKENS), args.temperature)
-    logp_chosen_seq, logp_rejected_seq = logp_tok.sum(1).view(-1, 2).unbind(1)
-    ref_chosen_seq, ref_rejected_seq = batch["logp_ref_tok"][rows].sum(1).view(-1, 2).unbind(1)
-    loss, stats = dpo_loss(logp_chosen_seq, logp_rejected_seq, ref_chosen_seq, ref_rejected_seq, args.beta)
-    return loss, {"loss": loss.item()} | stats
-
-
-def update_on_pairs(policy, optimizer, batch, minibatch, step, args):
-    """An optimizer step on a minibatch of pairs; micro-batches add up to its gradient. Returns metrics."""
-    total = defaultdict(float)
+def pairs_loss(policy, batch, minibatch, args):
+    """Means of dpo_loss and its stats over some pairs of a batch. In training it adds up their gradients."""
+    metrics = {}
     for pairs in minibatch.split(args.micro_batch_size):
-        loss, metrics = pairs_loss(policy, batch, pairs, args)
+        rows = (2 * pairs.unsqueeze(1) + torch.arange(2)).flatten()  # both rows of each pair
+        with autocast(args):
+            logp_tok = response_logps(policy, **token_rows(batch, rows), temperature=args.temperature)
+        logp_seq = logp_tok.sum(1).view(-1, 2).unbind(1)  # those of the chosen and of the rejected responses
+        ref_seq = batch["logp_ref_tok"][rows].sum(1).view(-1, 2).unbind(1)
+        loss, stats = dpo_loss(*logp_seq, *ref_seq, args.beta)
         share = len(pairs) / len(minibatch)
-        (loss * share).backward()
-        for name, value in metrics.items():
-            total[name] += value * share
-    total["grad_norm"] = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm).item()
-    finite = math.isfinite(total["loss"] + total["grad_norm"])  # before it reaches the weights
-    todo = f"lower --learning_rate in a new run; the last checkpoint, if any, in {args.output_dir} is good"
-    require(finite, f"step {step} is not finite, {dict(total)}; {todo}", 1)
+        if torch.is_grad_enabled():  # an evaluation switches gradients off
+            (loss * share).backward()
+        for name, value in {"loss": loss.item(), **stats}.items():
+            metrics[name] = metrics.get(name, 0.0) + value * share
+    return metrics
+
+
+def update_on_pairs(policy, optimizer, batch, minibatch, args):
+    """One optimizer step on a minibatch of pairs, in micro-batches."""
+    metrics = pairs_loss(policy, batch, minibatch, args)
+    metrics["grad_norm"] = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm).item()
+    finite = math.isfinite(metrics["loss"] + metrics["grad_norm"])
+    check(finite, "the loss or its gradient is not finite; start again with a lower --learning_rate")
     optimizer.step()
     optimizer.zero_grad()
-    return total
+    return metrics
 
 
 @torch.no_grad()
-def evaluate_pairs(models, rows, tokenizer, args):
-    """eval_loss, eval_accuracy and the other stats of dpo_loss on held-out preference pairs, if any."""
-    total, size = defaultdict(float), args.micro_batch_size
-    for first in range(0, len(rows), size):
-        part = rows[first : first + size]
-        batch = read_pairs(models[1], part, tokenizer, args)
-        for name, value in pairs_loss(models[0], batch, torch.arange(len(part)), args)[1].items():
-            total[f"eval_{name}"] += value * len(part) / len(rows)
-    return total
+def evaluate_pairs(step, policy, reference, rows, tokenizer, args):
+    """Metrics on held-out pairs. If no reward model is there for `evaluate`, the KL is measured here."""
+    batch = read_pairs(reference, rows, tokenizer, args)
+    metrics = pairs_loss(policy, batch, torch.arange(len(rows)), args)
+    text = "loss {loss:.3f}, accuracy {accuracy:.3f} on held-out pairs".format(**metrics)
+    if args.reward_model == "none":
+        metrics["kl"] = 0.0
+        torch.manual_seed(args.seed * 10**6)
+        for part in (rows[first : first + 32] for first in range(0, len(rows), 32)):  # saves memory
+            part = token_rows(sample_batch(policy, part, 1, tokenizer, args), slice(None))
+            with autocast(args):
+                logps = [response_logps(m, **part, temperature=args.temperature) for m in (policy, reference)]
+            metrics["kl"] += (logps[0] - logps[1]).sum().item() / len(rows)
+        text += f" and KL {metrics['kl']:.2f} nats/response"
+    tqdm.write(f"{args.output_dir}, step {step}: {text}")
+    return {f"eval_{name}": value for name, value in metrics.items()}
 
 
-def set_mode(args):
-    """Fills in the defaults that --online decides. Offline a step is one minibatch of pairs of the data."""
+def dpo_step(step, policy, reference, reward_function, optimizer, train, tokenizer, args):
+    """One step of DPO. Returns its metrics."""
+    start, B = time.perf_counter(), args.prompts_per_step if args.online else args.minibatch_size
+    torch.manual_seed(args.seed * 10**6 + step)  # so that a resumed run draws the same numbers
+    optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - (step - 1) / args.steps)
+    rows, metrics = [train[number] for number in data_order(len(train), B, step, args.seed)], {}
+    # 1. Take preference pairs from the data set, or sample two responses to each prompt and rank them.
     if args.online:
-        defaults = {"dataset": "data/toy/prompts", "output_dir": "out/dpo_online", "epochs": 2, "steps": 60}
+        batch = sample_batch(policy, rows, 2, tokenizer, args)
+        score_batch(batch, policy, reference, reward_function, args)
+        ids = batch["response_ids"].masked_fill(~batch["response_mask"], -1)
+        metrics = batch_metrics([batch])
+        metrics["frac_identical_pairs"] = (ids[0::2] == ids[1::2]).all(-1).float().mean().item()
+        batch = rank_pairs(batch, args.labels)
     else:
-        defaults = {"dataset": "data/toy/preferences", "output_dir": "out/dpo", "epochs": 1}
-        args.prompts_per_step = args.minibatch_size
-    for name, value in defaults.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+        batch = read_pairs(reference, rows, tokenizer, args)
+    # 2. Minimize the loss on the minibatch or, online, for some epochs of minibatches.
+    updates = []
+    for _ in range(args.rollout_epochs if args.online else 1):
+        for minibatch in torch.randperm(B).split(args.minibatch_size):
+            updates.append(update_on_pairs(policy, optimizer, batch, minibatch, args))
+    # 3. Report the means.
+    metrics |= {name: sum(update[name] for update in updates) / len(updates) for name in updates[0]}
+    return metrics | {"seconds": time.perf_counter() - start}
 
 
 def main(args):
-    set_mode(args)
-    check_args(args, "seed micro_batch_size missing_eos_penalty eval_every save_every")
-    args.micro_batch_size = args.micro_batch_size or args.minibatch_size
-    B = args.prompts_per_step
-    require(B % args.minibatch_size == 0, "--minibatch_size does not divide --prompts_per_step; alter it")
-    tokenizer, columns = load_tokenizer(args.model), [] if args.online else ["chosen", "rejected"]
-    train = read_rows(args.dataset, ["train"], columns, tokenizer, args)
-    held_out = read_rows(args.dataset, ["validation", "test"], columns, tokenizer, args, args.eval_prompts)
-    pairs = [] if args.online else held_out
-    args.steps = args.steps or math.ceil(args.epochs * len(train) / args.minibatch_size)
-    policy, reference = (load_model(AutoModelForCausalLM, args.model, tokenizer, args) for _ in range(2))
-    models = policy, reference.requires_grad_(False), load_reward(tokenizer, args)
+    args.dataset = args.dataset or ("data/toy/prompts" if args.online else "data/toy/preferences")
+    args.output_dir = args.output_dir or ("out/dpo_online" if args.online else "out/dpo")
+    check_args(args, may_be_zero=["seed", "missing_eos_penalty"])
+    check(args.reward_model != "none" or not args.online, "--online ranks by reward; give a --reward_model")
+    divides = args.prompts_per_step % args.minibatch_size == 0 or not args.online
+    check(divides, "--minibatch_size must divide --prompts_per_step")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    torch.backends.cuda.matmul.fp32_precision = "tf32"  # several times as fast, and precise enough
+    torch.backends.cuda.enable_cudnn_sdp(False)  # its attention has given NaN gradients for padded rows
+    pair = [] if args.online else ["chosen", "rejected"]
+    try:
+        tokenizer = load_tokenizer(args)
+        train = read_rows(args.dataset, ["train"], pair, tokenizer, args)
+        held_out = read_rows(args.dataset, ["validation", "test"], pair, tokenizer, args)[: args.eval_prompts]
+        policy, reference = (load_model(AutoModelForCausalLM, args.model, tokenizer, args) for _ in range(2))
+        reward = load_reward(tokenizer, args) if args.reward_model != "none" else None
+    except OSError as error:
+        names = f"{args.model}, {args.reward_model} or {args.dataset}"
+        sys.exit(f"error: cannot load {names} ({str(error).splitlines()[0]}); run the stages before this one")
+    passes = math.ceil(args.epochs * len(train) / args.minibatch_size)  # minibatches
+    args.steps = args.steps or (60 if args.online else passes)
+    sampling = {"do_sample": True, "temperature": args.temperature, "top_k": 0, "top_p": 1.0}
+    sampling |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    policy.generation_config = transformers.GenerationConfig(**sampling, max_new_tokens=args.response_length)
     optimizer = torch.optim.Adam(policy.parameters(), betas=(0.9, 0.95), eps=1e-5, fused=True)
-    parts, start = {"": policy, "optimizer": optimizer}, time.perf_counter()
-    done, metrics = open_run(args, parts)
-    if not metrics:
-        metrics = evaluate(0, models, held_out, tokenizer, args)
-        metrics |= evaluate_pairs(models, pairs, tokenizer, args)
-        end_step(args, 0, metrics, parts, tokenizer)
-
-    bar = tqdm(range(done + 1, args.steps + 1), "dpo", args.steps, initial=done, disable=None)
-    for step in bar:
-        torch.manual_seed(args.seed * 10**6 + step)  # every step draws afresh: no random state to save
-        optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - (step - 1) / args.steps)
-        order, clock = data_order(len(train), B, step, args.seed), [time.perf_counter()]
-        rows, metrics = [train[row] for row in order], {}
-        # 1. Preference pairs with their reference log-probs: sampled from pi and ranked, or of the data.
-        if args.online:
-            batch = sample_batch(policy, rows, 2, tokenizer, args)
-            clock.append(time.perf_counter())
-            batch = score_batch(batch, models, 2 * args.micro_batch_size, args)
-            batch, metrics = rank_pairs(batch, args.labels), batch_metrics(batch, 2, args.beta)
-        else:
-            clock.append(time.perf_counter())
-            batch = read_pairs(reference, rows, tokenizer, args)
-        clock.append(time.perf_counter())
-        # 2. Descend the loss: online, epochs of minibatches; offline, the minibatch.
-        updates = []
-        for _ in range(args.epochs if args.online else 1):
-            for minibatch in torch.randperm(B).split(args.minibatch_size):
-                updates.append(update_on_pairs(policy, optimizer, batch, minibatch, step, args))
-        clock.append(time.perf_counter())
-        # 3. Log, evaluate, save.
-        metrics |= {name: sum(u[name] for u in updates) / len(updates) for name in updates[0]}
-        metrics |= cost_metrics(batch, clock)
-        bar.set_postfix(loss=f"{metrics['loss']:.3f}", accuracy=f"{metrics['accuracy']:.2f}")
-        if step == args.steps or (args.eval_every and step % args.eval_every == 0):
-            metrics |= evaluate(step, models, held_out, tokenizer, args)
-            metrics |= evaluate_pairs(models, pairs, tokenizer, args)
-        end_step(args, step, metrics, parts, tokenizer)
-    reached = f"reward {metrics['eval_reward']:.3f} at KL {metrics['eval_kl']:.2f} nats/response"
-    minutes = (time.perf_counter() - start) / 60
-    print(f"{args.output_dir}: {reached} on held-out prompts; {args.steps} steps, {minutes:.1f} minutes")
+    first_step = open_run(policy, optimizer, args)["step"] + 1
+    bar = tqdm(range(first_step, args.steps + 1), "dpo", args.steps + 1, initial=first_step, disable=None)
+    models = policy, reference.requires_grad_(False), reward
+    for step in bar:  # step 0 only evaluates and saves the SFT model
+        metrics = dpo_step(step, *models, optimizer, train, tokenizer, args) if step > 0 else {}
+        if step % args.eval_every == 0 or step == args.steps:
+            metrics |= {} if args.online else evaluate_pairs(step, *models[:2], held_out, tokenizer, args)
+            metrics |= evaluate(step, *models, held_out, tokenizer, args) if reward else {}
+        bar.set_postfix({name: f"{metrics[name]:.3f}" for name in ("loss", "accuracy") if name in metrics})
+        with open(Path(args.output_dir, "metrics.jsonl"), "a") as log:
+            log.write(json.dumps({"step": step, **metrics}) + "\n")
+        if step % args.save_every == 0 or step == args.steps:
+            save(step, policy, optimizer, tokenizer, args)
 
 
 if __name__ == "__main__":
-    guard(main, Args)
+    parser = transformers.HfArgumentParser(Args, usage="python dpo.py [--flag value ...]", allow_abbrev=False)
+    main(Args(**vars(parser.parse_args())))

@@ -1,32 +1,38 @@
-"""Stage 4: every policy and the SFT model answer the same held-out prompts; frontier.py and judge.py go on.
+"""Lets the SFT model and every trained policy answer the same held-out prompts, many times each.
 
-    python evaluate.py [RUN ...] [--flags]     default: every run found under out/
+The responses go into one file, answers.jsonl, with everything that a model has to tell about them.
+frontier.py and judge.py read that file.
 
-ends, after the quick start, on two x86 cores, with
-    out/evaluation: answers.jsonl, 10240 responses of sft, p3o to 32 prompts; 0.3 minutes
+    python evaluate.py [RUN ...] [--flag value ...]    # without a RUN it evaluates all runs in out/
+    python evaluate.py              # after the quick start: 0.6 minutes on two CPU cores; it ends with
+    out/evaluation/answers.jsonl: 10240 responses of sft, p3o to 32 prompts
 
-answers.jsonl, a line a response: policy, prompt_id, prompt, response, response_ids, reward, gold_reward (if
-toy.py made the data), logp (nats, under every policy and the SFT model), kl_exact (of the next-token
-distributions to the SFT model's, summed along the response), length (tokens, EOS included), ended.
-meta.json: the settings. One policy is in memory at a time, beside SFT and reward model. What was answered
-under the same settings is not answered again: a killed evaluation goes on, a new run joins the others. The
-answers of a run that is not named any more are left out.
+The first line of answers.jsonl holds the settings. Each other line holds one response:
 
-Legend: P prompts, S responses of a policy to each. In the helpers shared with training: B prompts,
-K responses to each, N = B * K rows, P prompt length, R response length, V vocabulary.
+    policy, prompt_id, prompt    who answered which prompt; the policy "sft" is the SFT model
+    response, response_ids       the text and the tokens of the response
+    length, ended                its number of tokens, EOS included, and whether it has an EOS
+    reward, gold_reward          the score as in training, and the true reward if toy.py made the data set
+    logp                         log pi(y|x) under each policy and the SFT model, in nats per response
+    kl_exact                     the KL to the SFT model along the response, in nats; see exact_kl
+
+Read exact_kl first, then main, answer and add_logps. One policy is in memory at a time, beside the SFT model
+and the reward model.
+
+Notation: S responses of each policy to each prompt, N rows, R response length, V vocabulary. In the functions
+that are shared with training there are B prompts, and P is the prompt length.
 """
 
 import json
+import math
 import os
+import statistics
 import sys
-import time
+import tempfile
 from collections import Counter
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait choke a busy machine
 
 import datasets
 import torch
@@ -41,395 +47,344 @@ def flag(default, text):
 
 @dataclass
 class Args:
-    runs: list[str] = field(
-        default_factory=list, metadata={"help": "folders; no flag needed if first; default: all in out/"}
-    )
-    dataset: str = flag("data/toy/prompts", "hub name or folder with a text column prompt; its test split")
-    output_dir: str = flag("out/evaluation", "folder of answers.jsonl and meta.json")
-    num_prompts: int = flag(32, "P, held-out prompts")
-    samples_per_prompt: int = flag(160, "S, responses of every policy to each prompt")
-    seed: int = flag(0, "of sampling")
-    device: str = flag("auto", "auto (cuda when there is one), cpu, cuda, cuda:1, ...")
-    dtype: Literal["float32", "bfloat16"] = flag("float32", "bfloat16: autocast, over float32 weights")
-    micro_batch_size: int = flag(64, "responses per forward pass")
-    sample_batch_size: int = flag(1024, "responses sampled at a time")
-    reward_model: str | None = flag(None, "with one label; default: the runs' own")
-    temperature: float | None = flag(None, "divides the logits; default: the runs' own")
-    prompt_length: int | None = flag(None, "tokens; longer ones are left out; default: the runs' own")
-    response_length: int | None = flag(None, "tokens sampled at most, EOS included; default: the runs' own")
-    missing_eos_penalty: float | None = flag(None, "off the score without EOS; default: the runs' own")
-    overwrite: bool = flag(False, "replace answers that were made with other settings")
+    dataset: str = flag("data/toy/prompts", "hub name or folder with a text column 'prompt'; see data.py")
+    output_dir: str = flag("out/evaluation", "folder for answers.jsonl")
+    num_prompts: int = flag(32, "number of held-out prompts, from the split 'test' if there is one")
+    samples_per_prompt: int = flag(160, "S, number of responses of each policy to each prompt")
+    seed: int = flag(0, "seed of sampling")
+    device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1, ...")
+    dtype: Literal["float32", "bfloat16"] = flag("float32", "bfloat16 is autocast: weights stay in float32")
+    sample_batch_size: int = flag(128, "responses that are sampled at once; a lower number saves memory")
+    micro_batch_size: int = flag(32, "responses per forward pass; a lower number saves memory")
+    model: str | None = flag(None, "SFT model; by default the one that the runs started from")
+    reward_model: str | None = flag(None, "model with one label; by default the one of the runs")
+    temperature: float | None = flag(None, "number that divides the logits; by default as in the runs")
+    prompt_length: int | None = flag(None, "longest prompt in tokens; by default as in the runs")
+    response_length: int | None = flag(None, "maximum number of sampled tokens; by default as in the runs")
+    missing_eos_penalty: float | None = flag(None, "number taken off without EOS; by default as in the runs")
+    overwrite: bool = flag(False, "replace the answers that output_dir already holds")
 
 
-SHARED = "reward_model", "temperature", "prompt_length", "response_length", "missing_eos_penalty"
+SHARED = "model", "reward_model", "temperature", "prompt_length", "response_length", "missing_eos_penalty"
+
+
+# ------------------------------------------------------------------------------------------- the mathematics
+def exact_kl(log_policy, log_ref, response_mask):
+    """sum_t KL(pi(.|x, y_<t) || pi_SFT(.|x, y_<t)) along each response: (N,), nats per response, float64.
+
+    log_policy and log_ref (N, R, V) are the log-probs of all tokens at each position, response_mask is
+    (N, R). The mean over responses of pi is KL(pi || pi_SFT). It varies less than that of log pi / pi_SFT.
+    """
+    kl_tok = (log_policy.exp() * (log_policy - log_ref)).sum(-1)  # (N, R)
+    return kl_tok.masked_fill(~response_mask, 0.0).double().sum(1)
 
 
 # -------------------------------------------------------------------------------------- tokens and log-probs
-TOKENS = "prompt_ids", "prompt_mask", "response_ids", "response_mask"  # (N, P), (N, P), (N, R), (N, R)
-
-
-def pad(sequences, side, tokenizer, device):
-    """Token lists -> ids (N, L), mask (N, L), padded to the longest on `side`, "left" or "right"."""
-    rows = tokenizer.pad({"input_ids": sequences}, padding_side=side, return_tensors="pt").to(device)
-    return rows["input_ids"], rows["attention_mask"].bool()
-
-
+# From here to the answers, all but response_distributions is the same text as in the training scripts.
 def model_inputs(prompt_ids, prompt_mask, response_ids, response_mask):
-    """Joins prompts and responses for a forward pass. Positions count real tokens: padding shifts nothing."""
-    ids = torch.cat([prompt_ids, response_ids], 1)
+    """Joins prompts and responses. Positions count real tokens only, so that padding shifts nothing."""
+    ids = torch.cat([prompt_ids, response_ids], 1)  # (N, P + R)
     mask = torch.cat([prompt_mask, response_mask], 1).long()
     return {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
 
 
+def response_logps(model, prompt_ids, prompt_mask, response_ids, response_mask, temperature=1.0):
+    """log pi(y_t | x, y_<t) in nats: (N, R), float32, 0 where response_mask is False. Gradients flow.
+
+    Prompts (N, P) are padded on the left and responses (N, R) on the right. Masks are boolean.
+    """
+    inputs = model_inputs(prompt_ids, prompt_mask, response_ids, response_mask)
+    keep = response_ids.shape[1] + 1  # the last prompt token predicts the first response token
+    logits = model(**inputs, use_cache=False, logits_to_keep=keep).logits[:, :-1]
+    logps = torch.log_softmax(logits.float() / temperature, -1)  # (N, R, V)
+    return logps.gather(-1, response_ids.unsqueeze(-1)).squeeze(-1).masked_fill(~response_mask, 0.0)
+
+
 def response_distributions(model, prompt_ids, prompt_mask, response_ids, response_mask, temperature=1.0):
-    """log pi(. | x, y_<t) at every response position: (N, R, V), float32 whatever the model's dtype."""
+    """log pi(. | x, y_<t) of all tokens at every position of the response: (N, R, V), float32."""
     inputs = model_inputs(prompt_ids, prompt_mask, response_ids, response_mask)
     keep = response_ids.shape[1] + 1  # the last prompt token predicts the first response token
     logits = model(**inputs, use_cache=False, logits_to_keep=keep).logits[:, :-1]
     return torch.log_softmax(logits.float() / temperature, -1)
 
 
-def response_logps(model, prompt_ids, prompt_mask, response_ids, response_mask, temperature=1.0):
-    """log pi(y_t | x, y_<t) in nats: (N, R), float32, 0 where response_mask is False; gradients flow.
-
-    Prompts (N, P) are padded on the left, responses (N, R) on the right; masks are boolean.
-    """
-    logps = response_distributions(model, prompt_ids, prompt_mask, response_ids, response_mask, temperature)
-    return logps.gather(-1, response_ids.unsqueeze(-1)).squeeze(-1).masked_fill(~response_mask, 0.0)
-
-
 def read_score(model, prompt_ids, prompt_mask, response_ids, response_mask):
-    """r(x, y): the score head read at the last response token, by position: pad may be EOS. (N,), float32."""
+    """r(x, y), the output of the score head at the last token of each response: (N,), float32."""
     inputs = model_inputs(prompt_ids, prompt_mask, response_ids, response_mask)
     hidden = model.base_model(**inputs, use_cache=False).last_hidden_state.float()  # (N, P + R, D)
-    with torch.autocast(hidden.device.type, enabled=False):  # bfloat16 would round scores by up to 1%
-        values = model.score(hidden[:, prompt_ids.shape[1] - 1 :]).squeeze(-1)  # (N, 1 + R)
-    return values.gather(1, response_mask.sum(1, keepdim=True)).squeeze(1)
+    with torch.autocast(hidden.device.type, enabled=False):  # a bfloat16 head would round scores by up to 1%
+        scores = model.score(hidden[:, prompt_ids.shape[1] - 1 :]).squeeze(-1)  # (N, 1 + R)
+    return scores.gather(1, response_mask.sum(1, keepdim=True)).squeeze(1)  # by position: pad may equal EOS
+
+
+def token_rows(batch, rows):
+    """Selects rows of a batch and returns its token tensors as keyword arguments for the functions above."""
+    names = "prompt_ids", "prompt_mask", "response_ids", "response_mask"
+    return {name: batch[name][rows] for name in names}
 
 
 # ------------------------------------------------------------------------------------------- data and models
-LEAST_SHARE = 0.1  # of the rows must be within the length limits
+def check(condition, message):
+    """Ends the program with a one-line error message if the condition does not hold."""
+    if not condition:
+        sys.exit(f"error: {message}")
 
 
-def read_prompts(name, splits, tokenizer, args, limit=None):
-    """[{"prompt": text, "prompt_ids": [...]}, ...] of the first of `splits` there is; text as it stands."""
-    todo = f"python data.py --dataset {name} --model {args.model} --output_dir data/NAME makes it readable"
-    with explained(f"cannot read data set {name!r}", todo):
-        data = datasets.load_dataset(name)
-        split = next((split for split in splits if split in data), splits[0])
-        texts = data[split]["prompt"][:]
-        ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    rows = [{"prompt": text, "prompt_ids": x} for text, x in zip(texts, ids)]
-    rows = [row for row in rows if 0 < len(row["prompt_ids"]) <= args.prompt_length]
-    used = f"{name} [{split}]: {len(rows)} of {len(texts)} prompts are within --prompt_length"
-    require(len(rows) > LEAST_SHARE * len(texts), f"{used} {args.prompt_length}; raise it")
-    print(used if 2 * len(rows) > len(texts) else f"warning, less than half: {used}", flush=True)
-    return rows[:limit]
-
-
-def load_tokenizer(name):
-    """The tokenizer of a model; where it has no padding token EOS serves, as masks go by position."""
-    with explained(f"cannot load a tokenizer from {name!r}", "run the stage before, or name another model"):
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    useful = tokenizer.eos_token and len(tokenizer) > 1  # without its files GPT-2's knows EOS alone
-    require(useful, f"{name!r} has no tokenizer, or it has no EOS; use another model")
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+def load_tokenizer(args):
+    """Loads the model's tokenizer and checks that its EOS is the token that ends a turn in the data set."""
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # safe, because masks go by position
+    eos, record = tokenizer.eos_token, Path(args.dataset, "data.json")  # data.py writes this file
+    end = json.loads(record.read_text())["eos_token"] if record.exists() else eos
+    check(eos and eos == end, f"{args.model} has EOS {eos!r}, {args.dataset} has {end!r}; run sft.py first")
     return tokenizer
 
 
-def load_model(auto_class, name, tokenizer, args, may_miss=(), **options):
-    """A decoder-only model in float32 and eval mode: no dropout, ever. may_miss: weights made afresh."""
-    todo = "name a decoder-only one, with embeddings for EOS and padding, or another --device"
-    with explained(f"cannot use {name!r} as a model on --device {args.device}", todo):
-        options |= {"dtype": torch.float32, "output_loading_info": True}
-        model, info = auto_class.from_pretrained(name, **options)
-        model = model.eval().to(args.device)
-        # A probe: the hidden states of a row are the same alone and behind a pad, whatever follows.
-        ids = [[1, 2, 0, tokenizer.eos_token_id], [tokenizer.pad_token_id, 1, 2, 0]]
-        ids, mask = torch.tensor([ids, [[1, 1, 1, 1], [0, 1, 1, 1]]], device=args.device)  # (2, 4) each
-        inputs = model_inputs(ids[:, :2], mask[:, :2], ids[:, 2:], mask[:, 2:])
-        with torch.no_grad():
-            hidden = model.base_model(**inputs, use_cache=False).last_hidden_state  # (2, 4, D)
-        same = bool((hidden[0, :3] - hidden[1, 1:]).abs().max() <= 1e-3 * hidden.abs().max())
-    require(same, f"{name!r} sees padding or later tokens, or is not finite; use a decoder-only model")
-    whole = set(info["missing_keys"]) <= set(may_miss) and "score.weight" not in info["unexpected_keys"]
-    whole &= hasattr(model, "score") or "num_labels" not in options
-    whole &= not getattr(model, "_hf_peft_config_loaded", False)  # an adapter on some other model
-    require(whole, f"{name!r} is not a whole {auto_class.__name__.removeprefix('AutoModelFor')}; name one")
-    need = args.prompt_length + args.response_length
-    most = getattr(model.config, "max_position_embeddings", None) or need
-    require(need <= most, f"{name!r} holds {most} tokens, not {need}; lower --prompt_length")
-    return model
+def read_prompts(splits, tokenizer, args):
+    """Reads {"prompt": text, "prompt_ids": tokens} of the first of these splits that the data set has."""
+    if Path(args.dataset).is_dir():  # load_dataset would cache local files and might return an older version
+        files = {file.stem: file.open(encoding="utf-8") for file in Path(args.dataset).glob("*.jsonl")}
+        data = {split: [json.loads(line) for line in file] for split, file in files.items()}
+    else:
+        data = datasets.load_dataset(args.dataset)
+    split = next((split for split in splits if split in data), None)
+    readable = split and data[split] and "prompt" in data[split][0]
+    check(readable, f"{args.dataset} has no column 'prompt' in a split {splits}; make it with data.py")
+    texts = [row["prompt"] for row in data[split]]
+    ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    rows = [{"prompt": t, "prompt_ids": x} for t, x in zip(texts, ids) if 0 < len(x) <= args.prompt_length]
+    print(f"{args.dataset} ({split}): {len(rows)} of {len(texts)} prompts fit --prompt_length", flush=True)
+    check(rows, f"no prompt is as short as --prompt_length {args.prompt_length}; raise it")
+    return rows
+
+
+def pad_rows(prompt_ids, response_ids, tokenizer, args):
+    """Pads N prompts on the left and N responses on the right: a batch, as token_rows reads it."""
+    prompt, response = (
+        tokenizer.pad({"input_ids": ids}, padding_side=side, return_tensors="pt").to(args.device)
+        for ids, side in ((prompt_ids, "left"), (response_ids, "right"))
+    )
+    batch = {"prompt_ids": prompt["input_ids"], "prompt_mask": prompt["attention_mask"].bool()}
+    return batch | {"response_ids": response["input_ids"], "response_mask": response["attention_mask"].bool()}
+
+
+def load_model(auto_class, name, tokenizer, args, may_lack=(), **options):
+    """Loads a model in float32 and in eval mode: with dropout the first importance ratio would not be 1."""
+    options |= {"dtype": torch.float32, "output_loading_info": True}
+    model, info = auto_class.from_pretrained(name, **options)
+    lacking = sorted(set(info["missing_keys"]) - set(may_lack))
+    check(not lacking, f"{name} lacks the weights {lacking[:3]}; give a model that has them")
+    other_heads = ("lm_head.", "embed_out.") if "num_labels" in options else ()
+    unread = [key for key in info["unexpected_keys"] if not key.startswith(other_heads)]
+    unread += [file.name for file in Path(name).glob("adapter_config.json")]
+    check(not unread, f"{name} holds {unread[:3]}, which would be ignored; merge or remove them first")
+    rows, highest = model.get_input_embeddings().num_embeddings, max(tokenizer.get_vocab().values())
+    check(highest < rows, f"{name} has {rows} embeddings, too few for token id {highest}; resize them")
+    length = args.prompt_length + args.response_length
+    limit = getattr(model.config, "max_position_embeddings", None) or length
+    check(length <= limit, f"{name} takes at most {limit} tokens; lower --prompt_length or --response_length")
+    return model.eval().to(args.device)
 
 
 def load_reward(tokenizer, args):
-    """r(x, y), a function from a batch to scores (N,). To replace where the reward is your own: README.md."""
+    """The reward r(x, y): a function from a batch to N scores. Replace it to use a reward of your own."""
     model = load_model(AutoModelForSequenceClassification, args.reward_model, tokenizer, args, num_labels=1)
+    matches = AutoTokenizer.from_pretrained(args.reward_model).get_vocab() == tokenizer.get_vocab()
+    check(matches, f"{args.reward_model} has another tokenizer; see 'Your own reward' in README.md")
     model.requires_grad_(False)
-    same = load_tokenizer(args.reward_model).get_vocab() == tokenizer.get_vocab()
-    require(same, f"{args.reward_model!r} has another tokenizer; see 'Your own reward' in README.md")
-    return lambda batch: read_score(model, *(batch[name] for name in TOKENS))
+    return lambda batch: read_score(model, **token_rows(batch, slice(None)))
 
 
-# --------------------------------------------------------------------------------------------------- rollout
+# -------------------------------------------------------------------------------------------------- sampling
 def autocast(args):
-    """--dtype bfloat16: forward passes in bfloat16 over float32 weights, where small updates are not lost."""
     return torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.dtype == "bfloat16")
 
 
 @torch.no_grad()
 def sample_batch(policy, rows, num_responses, tokenizer, args):
-    """K responses to each prompt of B rows: a batch, a dict of N = B * K rows, tensors and lists of texts."""
+    """Samples K responses to each of B prompts. Returns a batch: a dict of tensors and lists of N rows."""
     rows = [row for row in rows for _ in range(num_responses)]
-    prompt_ids, prompt_mask = pad([row["prompt_ids"] for row in rows], "left", tokenizer, args.device)
-    config = {"do_sample": True, "temperature": args.temperature, "top_k": 0, "top_p": 1.0}
-    config |= {"max_new_tokens": args.response_length, "remove_invalid_values": True}
-    config |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    policy.generation_config = transformers.GenerationConfig(**config)  # saved too: it samples as here
+    ids = {"input_ids": [row["prompt_ids"] for row in rows]}
+    prompt = tokenizer.pad(ids, padding_side="left", return_tensors="pt").to(args.device)
     with autocast(args):
-        ids = policy.generate(input_ids=prompt_ids, attention_mask=prompt_mask.long())
-    ids = ids[:, prompt_ids.shape[1] :]  # (N, R)
+        ids = policy.generate(**prompt)[:, prompt["input_ids"].shape[1] :]  # (N, R)
     is_eos = ids == tokenizer.eos_token_id
-    mask = is_eos.cumsum(1) - is_eos.int() == 0  # up to the first EOS, by position: pad may be EOS
-    batch = dict(zip(TOKENS, (prompt_ids, prompt_mask, ids, mask)))
-    batch["ended"] = is_eos.any(1)  # (N,)
+    mask = is_eos.cumsum(1) - is_eos.int() == 0  # True up to and including the first EOS
+    batch = {"prompt_ids": prompt["input_ids"], "prompt_mask": prompt["attention_mask"].bool()}  # (N, P)
+    batch |= {"response_ids": ids, "response_mask": mask, "ended": is_eos.any(1)}  # (N, R), (N, R), (N,)
     batch["prompt"] = [row["prompt"] for row in rows]
     batch["response"] = [tokenizer.decode(y[m], skip_special_tokens=True) for y, m in zip(ids, mask)]
     return batch
 
 
+def compute_scores(reward, batch):
+    """Calls the reward function and checks that it returns N finite numbers, which it returns as a list."""
+    scores = reward(batch)
+    scores = scores.tolist() if hasattr(scores, "tolist") else scores
+    complete = isinstance(scores, list) and len(scores) == len(batch["response"])
+    check(complete, f"the reward is {scores!r:.50}; return a list of one number for each response")
+    for score, response in zip(scores, batch["response"]):
+        finite = hasattr(score, "__float__") and math.isfinite(score)
+        check(finite, f"the reward of the response {response!r} is {score!r}; return a finite number")
+    return scores
+
+
+# ----------------------------------------------------------------------------------------------- the answers
 @torch.no_grad()
-def score_batch(batch, models, size, args):
-    """Adds score, float64 (N,): r(x, y) less the missing-EOS penalty; and, (N, R) in nats, logp_old_tok,
-    logp_ref_tok, entropy_tok, and kl_tok, the exact KL of the next-token distributions.
-
-    By the forward pass of training, as the sampler's log-probs are not the same bits; `size` rows at a time.
-    """
-    policy, reference, score_fn = models
-    parts = []
-    for first in range(0, len(batch["response"]), size):
-        part = {name: x[first : first + size] for name, x in batch.items()}
-        tokens = [part[name] for name in TOKENS]
+def measure(batch, policy, reference, reward, args):
+    """Returns the score and the exact KL of each response: two lists of N floats."""
+    scores, kls = [], []
+    for first in range(0, len(batch["prompt"]), args.micro_batch_size):
+        part = {name: values[first : first + args.micro_batch_size] for name, values in batch.items()}
+        tokens = token_rows(part, slice(None))
         with autocast(args):
-            log_old = response_distributions(policy, *tokens, args.temperature)  # (n, R, V)
-            log_ref = response_distributions(reference, *tokens, args.temperature)
-            score = torch.as_tensor(score_fn(part), dtype=torch.float64, device=args.device).flatten()
-        ids, outside = part["response_ids"].unsqueeze(-1), ~part["response_mask"]
-        values = {"logp_old_tok": log_old.gather(-1, ids).squeeze(-1)}
-        values["logp_ref_tok"] = log_ref.gather(-1, ids).squeeze(-1)
-        values["entropy_tok"] = -(log_old.exp() * log_old).sum(-1)
-        values["kl_tok"] = (log_old.exp() * (log_old - log_ref)).sum(-1)
-        values = {name: x.masked_fill(outside, 0.0) for name, x in values.items()}
-        values["score"] = torch.where(part["ended"], score, score - args.missing_eos_penalty)
-        parts.append(values)
-    return batch | {name: torch.cat([values[name] for values in parts]) for name in parts[0]}
+            log_policy = response_distributions(policy, **tokens, temperature=args.temperature)  # (n, R, V)
+            log_ref = response_distributions(reference, **tokens, temperature=args.temperature)
+            scores += compute_scores(reward, part)
+        kls += exact_kl(log_policy, log_ref, part["response_mask"]).tolist()
+    penalty = [0.0 if ended else args.missing_eos_penalty for ended in batch["ended"].tolist()]
+    return [score - less for score, less in zip(scores, penalty)], kls
 
 
-# -------------------------------------------------------------------------------------------------- failures
-def require(condition, message, status=2):
-    """If it does not hold, ends the run in one line: what is wrong; what to do. Status 2: input, 1: run."""
-    if not condition:
-        message = "".join(c if c.isprintable() else "?" for c in message)  # no text may drive the terminal
-        print(f"error: {message}", file=sys.stderr)
-        sys.exit(status)
+def answer(name, folder, reference, reward, prompts, gold, tokenizer, args):
+    """Samples S responses of the policy in a folder to each prompt. Returns them as rows."""
+    policy = load_model(AutoModelForCausalLM, folder, tokenizer, args)  # its memory is free after the return
+    sampling = {"do_sample": True, "temperature": args.temperature, "top_k": 0, "top_p": 1.0}
+    sampling |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    policy.generation_config = transformers.GenerationConfig(**sampling, max_new_tokens=args.response_length)
+    torch.manual_seed(args.seed * 10**6)  # all policies draw from the same random numbers
+    numbers, size, rows = range(len(prompts) * args.samples_per_prompt), args.sample_batch_size, []
+    for first in tqdm(numbers[::size], f"{name} answers", leave=False, disable=None):
+        prompt_ids = [number // args.samples_per_prompt for number in numbers[first : first + size]]
+        batch = sample_batch(policy, [prompts[i] for i in prompt_ids], 1, tokenizer, args)
+        scores, kls = measure(batch, policy, reference, reward, args)
+        for n, i in enumerate(prompt_ids):
+            ids, response = batch["response_ids"][n][batch["response_mask"][n]].tolist(), batch["response"][n]
+            row = {"policy": name, "prompt_id": i, "prompt": batch["prompt"][n], "response": response}
+            row |= {"response_ids": ids, "reward": scores[n], "kl_exact": kls[n], "logp": {}}
+            row |= {"length": len(ids), "ended": batch["ended"][n].item()}
+            rows.append(row | ({"gold_reward": gold(row["prompt"], response)} if gold else {}))
+    return rows
 
 
-@contextmanager
-def explained(wrong, todo, status=2):
-    """Whatever is raised inside ends the run in one line: each library raises kinds of its own."""
-    try:
-        yield
-    except Exception as error:
-        reason = (str(error.__cause__ or error).strip() or type(error).__name__).splitlines()[0][:200]
-        require(False, f"{wrong} ({reason}); {todo}", status)
-
-
-def guard(main, args_class):
-    """Command line -> main(args). What a user can mend ends the run in one line, not in a traceback."""
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(60)  # above CRITICAL: what it reports as errors, we raise
-    with explained("cannot read the command line", "see --help"):
-        parser = transformers.HfArgumentParser(args_class, allow_abbrev=False, exit_on_error=False)
-        (args,) = parser.parse_args_into_dataclasses(look_for_args_file=False)
-    try:
-        main(args)
-    except KeyboardInterrupt:
-        require(False, "interrupted; what was saved is kept", 130)
-    except torch.OutOfMemoryError:
-        require(False, "out of memory; lower --micro_batch_size, which may change on --resume, or lengths", 1)
-
-
-# ------------------------------------------------------------------------------------------------------ runs
-def read_json(path):
-    """The content of a JSON file, {} where there is none."""
-    try:
-        return json.loads(Path(path).read_text())
-    except (OSError, ValueError):
-        return {}
-
-
-def find_runs(args):
-    """{name: folder} of the policies to compare and {name: their recorded arguments}.
-
-    By default all stage-3 policies in out/: their arguments have a beta. A name is the folder's own, or its
-    path where that is not unique.
-    """
-    folders = args.runs or [str(path.parent) for path in sorted(Path("out").glob("*/args.json"))]
-    recorded = {folder: read_json(Path(folder, "args.json")).get("args", {}) for folder in folders}
-    found = []
-    for folder in folders:
-        policy = "beta" in recorded[folder] and Path(folder, "config.json").exists()
-        todo = "name output folders of p3o.py, ppo.py or dpo.py"
-        require(policy or not args.runs, f"{folder!r} holds no trained policy; {todo}")
-        if policy:
-            found.append(folder)
-    require(found, "there is no trained policy in out/; run p3o.py first, or name run folders")
-    count = Counter([Path(folder).name for folder in found] + ["sft"])
-    names = {folder: Path(folder).name if count[Path(folder).name] == 1 else folder for folder in found}
-    return {names[folder]: folder for folder in found}, {names[f]: recorded[f] for f in found}
-
-
-def take_settings(recorded, args):
-    """Fills in from the runs, which must agree, what args leaves open, and args.model, the SFT model."""
-    args.model = None
-    for name in ("model", *SHARED):
-        values = {run: record.get(name) for run, record in recorded.items()}
-        if getattr(args, name) is None:
-            one = len(set(values.values())) == 1 and None not in values.values()
-            todo = "compare runs of one SFT model" if name == "model" else f"give --{name}"
-            require(one, f"the runs differ in their {name} ({values}); {todo}")
-            setattr(args, name, next(iter(values.values())))
+@torch.no_grad()
+def add_logps(name, folder, prompts, rows, tokenizer, args):
+    """Adds log pi(y|x) under the policy in a folder to all rows, whichever policy answered."""
+    policy, size = load_model(AutoModelForCausalLM, folder, tokenizer, args), args.micro_batch_size
+    for first in tqdm(range(0, len(rows), size), f"{name} reads", leave=False, disable=None):
+        part = rows[first : first + size]
+        prompt_ids = [prompts[row["prompt_id"]]["prompt_ids"] for row in part]
+        batch = pad_rows(prompt_ids, [row["response_ids"] for row in part], tokenizer, args)
+        with autocast(args):
+            logps = response_logps(policy, **batch, temperature=args.temperature)  # (n, R)
+        for row, logp in zip(part, logps.double().sum(1).tolist()):
+            row["logp"][name] = logp
 
 
 def load_gold(dataset):
-    """The gold reward, a function of prompt and response, of a data set that toy.py wrote; else None."""
-    if read_json(Path(dataset).parent / "args.json").get("script") != "toy.py":
+    """The true reward, a function of prompt and response, if toy.py made the data set. Otherwise None."""
+    record = Path(dataset).parent / "args.json"
+    if not record.exists() or json.loads(record.read_text()).get("script") != "toy.py":
         return None
     from toy import gold_reward
 
     return gold_reward
 
 
-# --------------------------------------------------------------------------------------------------- answers
-def answer(name, models, prompts, gold, tokenizer, args):
-    """S responses of a policy to each of P prompts, as rows of answers.jsonl; the same seed for all."""
-    torch.manual_seed(args.seed * 10**6)
-    wanted = [i for i in range(len(prompts)) for _ in range(args.samples_per_prompt)]
-    rows, size = [], args.sample_batch_size
-    for first in tqdm(range(0, len(wanted), size), f"{name} answers", leave=False, disable=None):
-        ids = wanted[first : first + size]
-        batch = sample_batch(models[0], [prompts[i] for i in ids], 1, tokenizer, args)
-        batch = score_batch(batch, models, args.micro_batch_size, args)
-        sums = {x: batch[x].double().sum(1).tolist() for x in ("logp_old_tok", "logp_ref_tok", "kl_tok")}
-        for n, i in enumerate(ids):
-            tokens = batch["response_ids"][n][batch["response_mask"][n]].tolist()
-            row = {
-                "policy": name,
-                "prompt_id": i,
-                "prompt": batch["prompt"][n],
-                "response": batch["response"][n],
-            }
-            row |= {"response_ids": tokens, "reward": batch["score"][n].item(), "kl_exact": sums["kl_tok"][n]}
-            row["logp"] = {"sft": sums["logp_ref_tok"][n], name: sums["logp_old_tok"][n]}
-            row |= {"length": len(tokens), "ended": batch["ended"][n].item()}
-            rows.append(row | ({"gold_reward": gold(row["prompt"], row["response"])} if gold else {}))
-    return rows
+# --------------------------------------------------------------------------- the runs and the output folder
+def find_runs(runs):
+    """Returns {name: folder} and {folder: arguments} of these runs, or of all runs in out/."""
+    folders = [os.path.normpath(run) for run in runs]
+    folders = folders or [str(path.parent) for path in sorted(Path("out").glob("*/args.json"))]
+    found = {}
+    for folder in dict.fromkeys(folders):
+        record = Path(folder, "args.json")
+        arguments = json.loads(record.read_text())["args"] if record.exists() else {}
+        is_policy = "beta" in arguments and any(Path(folder).glob("*.safetensors"))  # stage 3 has a beta
+        check(is_policy or not runs, f"{folder} holds no policy; name folders of p3o.py, ppo.py or dpo.py")
+        found |= {folder: arguments} if is_policy else {}
+    check(found, "there is no trained policy in out/; run p3o.py first, or name the folders of runs")
+    names = {folder: Path(folder).absolute().name for folder in found}
+    count = Counter(["sft", *names.values()])
+    return {name if count[name] == 1 else folder: folder for folder, name in names.items()}, found
 
 
-@torch.no_grad()
-def add_logps(name, policy, prompts, rows, tokenizer, args):
-    """Writes log pi(y|x) of a policy into the rows that lack it."""
-    lacking, size = [row for row in rows if name not in row["logp"]], args.micro_batch_size
-    for first in tqdm(range(0, len(lacking), size), f"{name} reads", leave=False, disable=None):
-        part = lacking[first : first + size]
-        prompt_ids = [prompts[row["prompt_id"]]["prompt_ids"] for row in part]
-        prompt = pad(prompt_ids, "left", tokenizer, args.device)
-        response = pad([row["response_ids"] for row in part], "right", tokenizer, args.device)
-        with autocast(args):
-            logps = response_logps(policy, *prompt, *response, args.temperature).double().sum(1).tolist()
-        for row, logp in zip(part, logps):
-            row["logp"][name] = logp
+def take_settings(recorded, args):
+    """Fills in the settings that args leaves open from the arguments of the runs, which must agree."""
+    for name in SHARED:
+        values = [arguments[name] for arguments in recorded if arguments.get(name) is not None]
+        if getattr(args, name) is None:
+            agree = len({os.path.realpath(str(value)) for value in values}) == 1  # out/sft is ./out/sft
+            check(agree, f"the runs must have one {name}, but have {values}; give --{name}, or other runs")
+            setattr(args, name, values[0])
 
 
-def fingerprint(folder):
-    """Names, sizes and times of a model's weights: other ones are another policy."""
-    files = sorted(Path(folder).glob("*.safetensors"))
-    return [[file.name, file.stat().st_size, file.stat().st_mtime] for file in files]
-
-
-def known_answers(meta, args):
-    """{policy: rows} already answered under these settings by the weights that are there now."""
+def check_output(args):
+    """Checks that answers.jsonl may be written, before any work is done."""
     folder = Path(args.output_dir)
-    before = read_json(folder / "meta.json")
-    if not (folder / "answers.jsonl").exists() or not before:
-        return {}
-    same = before["settings"] == meta["settings"]
-    todo = "give --overwrite, or another --output_dir"
-    require(same or args.overwrite, f"{folder} holds answers made with other settings; {todo}")
-    changed = [name for name in before["weights"] if before["weights"][name] != meta["weights"].get(name)]
-    known = {}
-    for line in (folder / "answers.jsonl").read_text().splitlines() if same else []:
-        row = json.loads(line)
-        row["logp"] = {name: logp for name, logp in row["logp"].items() if name not in changed}
-        if row["policy"] not in changed:
-            known.setdefault(row["policy"], []).append(row)
-    return known
+    check(folder.is_dir() or not os.path.lexists(folder), f"{folder} is no folder; give another --output_dir")
+    files = {path.name for path in folder.glob("*")} - {"answers.jsonl.new"}  # a kill may leave this one
+    is_evaluation = "answers.jsonl" in files and "args.json" not in files
+    check(is_evaluation or not files, f"{folder} holds files of something else; give another --output_dir")
+    check(args.overwrite or not files, f"{folder} holds answers; --overwrite them, or change --output_dir")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        sys.exit(f"error: cannot write into {folder} ({error.strerror}); give another --output_dir")
 
 
-def write_answers(known, meta, args):
-    """answers.jsonl and meta.json, written beside and moved into place."""
-    folder = Path(args.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(row) + "\n" for rows in known.values() for row in rows]
-    for name, text in (("answers.jsonl", "".join(lines)), ("meta.json", json.dumps(meta, indent=2))):
-        (folder / f"{name}.new").write_text(text)
-        os.replace(folder / f"{name}.new", folder / name)
+def write_answers(header, rows, folder):
+    """Writes answers.jsonl and returns its path. At every moment the old file or the new one is complete."""
+    path = Path(folder, "answers.jsonl")
+    with open(f"{path}.new", "w") as file:
+        for line in [header, *rows]:
+            file.write(json.dumps(line) + "\n")
+    os.replace(f"{path}.new", path)
+    return path
 
 
 # ------------------------------------------------------------------------------------------------------ main
-def main(args):
+def main(runs, args):
+    check(os.environ.get("WORLD_SIZE", "1") == "1", "this script is one process; start it without torchrun")
     for name, value in vars(args).items():
-        zero = name in ("seed", "missing_eos_penalty")
-        good = type(value) not in (int, float) or 0 < value <= 1e9 or (value == 0 and zero)
-        need = "at least 0" if zero else "above 0"
-        require(good, f"--{name} {value} is out of range; give {need}, up to 1e9")
-    start, (folders, recorded) = time.perf_counter(), find_runs(args)
-    take_settings(recorded, args)
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer, gold = load_tokenizer(args.model), load_gold(args.dataset)
-    prompts = read_prompts(args.dataset, ["test", "validation"], tokenizer, args, args.num_prompts)
-    settings = {x: y for x, y in vars(args).items() if x not in ("runs", "output_dir", "device", "overwrite")}
-    settings["weights"] = [fingerprint(args.model), fingerprint(args.reward_model)]
-    weights = {name: fingerprint(folder) for name, folder in folders.items()}
-    meta = {"model": args.model, "reward_model": args.reward_model, "dataset": args.dataset}
-    meta |= {"policies": folders, "num_prompts": len(prompts), "temperature": args.temperature}
-    meta |= {"samples_per_prompt": args.samples_per_prompt, "settings": settings, "weights": weights}
-    known = known_answers(meta, args)
-    reference = load_model(AutoModelForCausalLM, args.model, tokenizer, args).requires_grad_(False)
-    reward = load_reward(tokenizer, args)
-    # 1. Every policy answers the same prompts.
-    for name, folder in ({"sft": args.model} | folders).items():
-        if name not in known:
-            policy = load_model(AutoModelForCausalLM, folder, tokenizer, args)
-            known[name] = answer(name, (policy, reference, reward), prompts, gold, tokenizer, args)
-            write_answers(known, meta, args)
-    # 2. Every policy reads what the others answered.
-    rows = [row for name in ("sft", *folders) for row in known[name]]
-    for name, folder in folders.items():
-        if any(name not in row["logp"] for row in rows):
-            policy = load_model(AutoModelForCausalLM, folder, tokenizer, args)
-            add_logps(name, policy, prompts, rows, tokenizer, args)
-            write_answers(known, meta, args)
-    known = {name: known[name] for name in ("sft", *folders)}
-    write_answers(known, meta, args)
-    said = f"answers.jsonl, {len(rows)} responses of {', '.join(known)} to {len(prompts)} prompts"
-    print(f"{args.output_dir}: {said}; {(time.perf_counter() - start) / 60:.1f} minutes")
+        may_be_zero = name in ("seed", "missing_eos_penalty")
+        in_range = type(value) not in (int, float) or value > 0 or (value == 0 and may_be_zero)
+        check(in_range, f"--{name} {value} is out of range; give a larger number")
+    folders, recorded = find_runs(runs)
+    take_settings(recorded.values(), args)
+    check_output(args)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    torch.backends.cuda.matmul.fp32_precision = "tf32"  # several times as fast, and precise enough
+    torch.backends.cuda.enable_cudnn_sdp(False)  # its attention has given NaN gradients for padded rows
+    try:
+        tokenizer = load_tokenizer(args)
+        prompts = read_prompts(["test", "validation"], tokenizer, args)[: args.num_prompts]
+        reference = load_model(AutoModelForCausalLM, args.model, tokenizer, args)
+        reward = load_reward(tokenizer, args)
+    except OSError as error:
+        sys.exit(f"error: {str(error).splitlines()[0]}; run the stages before, or give other names")
+    gold, policies, rows = load_gold(args.dataset), {"sft": args.model, **folders}, {}
+    # 1. Each policy answers the same prompts.
+    for name, folder in policies.items():
+        rows[name] = answer(name, folder, reference, reward, prompts, gold, tokenizer, args)
+        score, start = (statistics.fmean(row["reward"] for row in rows[key]) for key in (name, "sft"))
+        print(f"{name}: gain {score - start:.2f} over the SFT model, reward {score:.3f}", flush=True)
+    # 2. Each policy reads all the responses.
+    rows = [row for name in policies for row in rows[name]]
+    for name, folder in policies.items():
+        add_logps(name, folder, prompts, rows, tokenizer, args)
+    header = {"settings": vars(args), "policies": folders, "num_prompts": len(prompts)}
+    repeated = "model", "reward_model", "dataset", "samples_per_prompt", "temperature"
+    header |= {name: getattr(args, name) for name in repeated}
+    path = write_answers(header, rows, args.output_dir)
+    print(f"{path}: {len(rows)} responses of {', '.join(policies)} to {len(prompts)} prompts")
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] and not sys.argv[1].startswith("-"):
-        sys.argv.insert(1, "--runs")
-    guard(main, Args)
+    usage = "python evaluate.py [RUN ...] [--flag value ...]"
+    parser = transformers.HfArgumentParser(Args, usage=usage, allow_abbrev=False)
+    parser.add_argument("runs", nargs="*", help="folders of runs; by default all that are under out/")
+    options = vars(parser.parse_intermixed_args())
+    main(options.pop("runs"), Args(**options))

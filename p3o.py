@@ -5,7 +5,7 @@ data determine a reward only up to an offset per prompt. In the differences that
 no critic to learn it.
 
     python toy.py && python sft.py && python reward_model.py    # the stages before this one
-    python p3o.py                                               # 0.4 minutes on two CPU cores; it ends with
+    python p3o.py                                               # 0.4 minutes on two CPU cores; last line:
     out/p3o, step 60: gain 1.97 over the SFT model, reward 2.104 at KL 1.26 nats/response on held-out prompts
 
     trajectory reward         R = r - beta log(pi_old / pi_SFT)             trajectory_reward
@@ -13,14 +13,13 @@ no critic to learn it.
     P3O-V1                    rho_1 and rho_2 are clipped separately        p3o_loss(clipping="separate")
     P3O-V2                    log(pi(y1) / pi(y2)) is clipped               p3o_loss(clipping="joint")
 
-Read "the mathematics" first, then train_step and update_policy at the end. ALGORITHM.md derives the losses.
-
-Departures from the paper: K > 2 responses form K (K - 1) / 2 pairs. The d of V2 is shifted; see p3o_loss. A
-response that is cut off before EOS loses --missing_eos_penalty. --clipping none uses no importance weights.
+Read "the mathematics" first, then update_policy and train_step at the end. ALGORITHM.md derives the losses.
+Departures from the paper: K > 2 responses form K (K - 1) / 2 pairs. V2 clips a shifted quantity; p3o_loss
+explains it. A response that is cut off before EOS loses --missing_eos_penalty.
 
 Notation: B prompts, K responses per prompt, N = B * K rows, P prompt length, R response length, V vocabulary.
 Prompts are padded on the left and responses on the right. Masks are boolean and True for real tokens. `score`
-is the paper's r and `reward` is its R, except in the logs, where "reward" is the mean score.
+is the paper's r and `reward` is its R, except in logs and samples, where "reward" is the score.
 """
 
 import json
@@ -47,32 +46,32 @@ def flag(default, text):
 class Args:
     model: str = flag("out/sft", "SFT model: the policy starts from it, and the KL is measured against it")
     reward_model: str = flag("out/reward_model", "sequence-classification model with one label")
-    dataset: str = flag("data/toy/prompts", "hub name or folder with a text column 'prompt'; see data.py")
+    dataset: str = flag("data/toy/prompts", "hub name or folder of .jsonl with a column prompt; see data.py")
     output_dir: str = flag("out/p3o", "folder for the trained model, the logs and the checkpoint")
     seed: int = flag(0, "seed of the data order and of sampling")
     device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1, ...")
     dtype: Literal["float32", "bfloat16"] = flag("float32", "bfloat16 is autocast: weights stay in float32")
-    learning_rate: float = flag(3e-4, "Adam's rate, which falls linearly to 0; 1e-6 to 3e-5 if pretrained")
-    steps: int = flag(60, "number of rollouts; if --resume raises it, the learning rate jumps up")
+    learning_rate: float = flag(3e-4, "Adam's rate, which falls linearly; 1e-6 to 3e-5 for pretrained models")
+    steps: int = flag(60, "number of rollouts; to raise it on --resume raises the learning rate too")
     prompts_per_step: int = flag(64, "B, prompts per rollout")
     num_responses: int = flag(2, "K, responses per prompt; all K (K - 1) / 2 pairs are used")
     epochs: int = flag(2, "passes over each rollout, usually 1 to 4")
     minibatch_size: int = flag(32, "prompts per optimizer step, each with all its responses")
     micro_batch_size: int = flag(32, "prompts per forward and backward pass; a lower number saves memory")
     beta: float = flag(0.5, "weight of the KL to the SFT model; 0.05 for HH-RLHF in the authors' code")
-    clipping: Literal["joint", "separate", "none"] = flag("joint", "P3O-V2, P3O-V1, or no clipping at all")
+    clipping: Literal["joint", "separate", "none"] = flag("joint", "P3O-V2, P3O-V1, or no clip, no weights")
     clip_range: float = flag(0.2, "epsilon, for rho (separate) or for a difference of log rho (joint)")
-    max_importance_weight: float | None = flag(None, "c: clamp weights to [1/c, c]; authors' code: 10")
-    reward_shift: float = flag(0.0, "size of a random offset per prompt in the scores, an experiment")
+    max_importance_weight: float | None = flag(None, "c: clamp rho_1 rho_2 to [1/c, c]; authors: 10")
+    reward_shift: float = flag(0.0, "size of a random offset per prompt, to test the invariance")
     missing_eos_penalty: float = flag(1.0, "number subtracted from the score of a response without EOS")
     temperature: float = flag(1.0, "number that divides the logits, in sampling and in every log-prob")
     prompt_length: int = flag(32, "longest prompt in tokens; longer ones are left out")
     response_length: int = flag(24, "maximum number of sampled tokens, EOS included")
     max_grad_norm: float = flag(1.0, "largest norm of the gradient; a longer gradient is scaled down to it")
-    eval_every: int = flag(20, "steps between evaluations; the first and the last step have one too")
+    eval_every: int = flag(20, "steps between evaluations; there is one at step 0 and at the end")
     eval_prompts: int = flag(256, "number of held-out prompts to evaluate on")
-    save_every: int = flag(20, "steps between checkpoints; the first and the last step have one too")
-    resume: bool = flag(False, "continue from the last checkpoint in output_dir, if there is one")
+    save_every: int = flag(20, "steps between checkpoints; there is one at step 0 and at the end")
+    resume: bool = flag(False, "continue from the last checkpoint in output_dir, with the same flags")
     overwrite: bool = flag(False, "start again in an output_dir that already holds a run")
 
 
@@ -88,8 +87,8 @@ def trajectory_reward(score, logp_old_seq, logp_ref_seq, beta):
 def pairwise_policy_gradient_loss(logp_new_seq, reward):
     """-(R1 - R2) (log pi(y1|x) - log pi(y2|x)) / 2. Its gradient is minus the PPG [P3O, Theorem 1].
 
-    logp_new_seq (nats per response) and reward are (B, K), K >= 2. The loss () is a mean over prompts and
-    pairs of responses, which must come from the current policy. Its gradient is REINFORCE leave-one-out's.
+    logp_new_seq (nats per response) and reward are (B, K), K >= 2. The loss is a scalar, the mean over
+    prompts and pairs of responses, which must come from the current policy. It has the gradient of RLOO.
     """
     if logp_new_seq.shape != reward.shape or reward.dim() != 2 or reward.shape[1] < 2:
         raise ValueError(f"expected (B, K), K >= 2: {tuple(logp_new_seq.shape)}, {tuple(reward.shape)}")
@@ -108,9 +107,9 @@ def p3o_loss(
     Here rho = pi / pi_old, -i is the other response of the pair, and sg stops the gradient. The paper's d is
     log(pi(y1) / pi(y2)). Minus its value under pi_old it starts at 0, and its gradient is the same.
 
-    logp_new_seq, logp_old_seq (nats per response) and reward are (B, K). The loss () is a mean over prompts
-    and pairs of responses. max_importance_weight, c, clamps the weight rho_1 rho_2 (V1: rho_-i) to [1/c, c].
-    log rho is clamped to [-20, 20] so that float32 stays finite. No gradient flows to a response beyond that.
+    logp_new_seq, logp_old_seq (nats per response) and reward are (B, K). The loss is a scalar, the mean over
+    prompts and pairs of responses. max_importance_weight, c, clamps the weight rho_1 rho_2 (V1: rho_-i) to
+    [1/c, c]. log rho is clamped to [-20, 20] so that float32 stays finite; beyond that, no gradient flows.
     Returns the loss and {"clip_fraction": share of terms whose gradient the clip removed, "log_ratio_max":
     max |log rho|}. Raises ValueError if K < 2, shapes differ, c < 1, or clipping is neither of the two.
     """
@@ -132,12 +131,12 @@ def p3o_loss(
         unclipped, clipped = advantage * rho, advantage * rho.clamp(1 - clip_range, 1 + clip_range)
     else:
         weight = (log_rho[:, i] + log_rho[:, j]).detach().clamp(-log_c, log_c).exp()  # (B, pairs)
-        w = difference / 2 * weight
+        w = difference * weight
         d = log_rho[:, i] - log_rho[:, j]
-        unclipped, clipped = w * d, w * d.clamp(-clip_range, clip_range)
+        unclipped, clipped = w * d / 2, w * d.clamp(-clip_range, clip_range) / 2
     stats = {"clip_fraction": (clipped < unclipped).float().mean().item()}
     stats["log_ratio_max"] = (logp_new_seq - logp_old_seq).detach().abs().max().item()
-    return -torch.minimum(unclipped, clipped).mean(), stats
+    return -torch.minimum(unclipped, clipped).mean(), stats  # in V1 a pair has two terms, hence its 1/2
 
 
 # -------------------------------------------------------------------------------------- tokens and log-probs
@@ -167,7 +166,9 @@ def read_score(model, prompt_ids, prompt_mask, response_ids, response_mask):
     hidden = model.base_model(**inputs, use_cache=False).last_hidden_state.float()  # (N, P + R, D)
     with torch.autocast(hidden.device.type, enabled=False):  # a bfloat16 head would round scores by up to 1%
         scores = model.score(hidden[:, prompt_ids.shape[1] - 1 :]).squeeze(-1)  # (N, 1 + R)
-    return scores.gather(1, response_mask.sum(1, keepdim=True)).squeeze(1)  # by position: pad may equal EOS
+    return scores.gather(1, response_mask.sum(1, keepdim=True)).squeeze(
+        1
+    )  # by position, as pad may equal EOS
 
 
 def token_rows(batch, rows):
@@ -186,7 +187,7 @@ def check(condition, message):
 def load_tokenizer(args):
     """Loads the model's tokenizer and checks that its EOS is the token that ends a turn in the data set."""
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # safe, because masks go by position
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # safe: no mask looks for this token
     eos, record = tokenizer.eos_token, Path(args.dataset, "data.json")  # data.py writes this file
     end = json.loads(record.read_text())["eos_token"] if record.exists() else eos
     check(eos and eos == end, f"{args.model} has EOS {eos!r}, {args.dataset} has {end!r}; run sft.py first")
@@ -213,7 +214,10 @@ def read_prompts(splits, tokenizer, args):
 
 def data_order(num_rows, size, step, seed):
     """The row numbers for step 1, 2, ... Each pass is shuffled by a seed, so there is no state to save."""
-    first, last = (step - 1) * size // num_rows, (step * size - 1) // num_rows  # passes over the data
+    first, last = (
+        (step - 1) * size // num_rows,
+        (step * size - 1) // num_rows,
+    )  # the passes that this step touches
     generators = [torch.Generator().manual_seed(seed * 10**6 + i) for i in range(first, last + 1)]
     order = torch.cat([torch.randperm(num_rows, generator=generator) for generator in generators])
     return order[(step - 1) * size - first * num_rows :][:size].tolist()
@@ -230,9 +234,9 @@ def load_model(auto_class, name, tokenizer, args, may_lack=(), **options):
     check(not unread, f"{name} holds {unread[:3]}, which would be ignored; merge or remove them first")
     rows, highest = model.get_input_embeddings().num_embeddings, max(tokenizer.get_vocab().values())
     check(highest < rows, f"{name} has {rows} embeddings, too few for token id {highest}; resize them")
-    length = args.prompt_length + args.response_length
-    limit = getattr(model.config, "max_position_embeddings", None) or length
-    check(length <= limit, f"{name} takes at most {limit} tokens; lower --prompt_length or --response_length")
+    limit = getattr(model.config, "max_position_embeddings", None) or math.inf
+    fitting = args.prompt_length + args.response_length <= limit
+    check(fitting, f"{name} takes at most {limit} tokens; lower --prompt_length or --response_length")
     return model.eval().to(args.device)
 
 
@@ -254,9 +258,9 @@ def autocast(args):
 def sample_batch(policy, rows, num_responses, tokenizer, args):
     """Samples K responses to each of B prompts. Returns a batch: a dict of tensors and lists of N rows."""
     rows = [row for row in rows for _ in range(num_responses)]
-    ids = {"input_ids": [row["prompt_ids"] for row in rows]}
-    prompt = tokenizer.pad(ids, padding_side="left", return_tensors="pt").to(args.device)
-    with autocast(args):
+    prompt_ids = {"input_ids": [row["prompt_ids"] for row in rows]}
+    prompt = tokenizer.pad(prompt_ids, padding_side="left", return_tensors="pt").to(args.device)
+    with autocast(args):  # main has set the temperature and the length in policy.generation_config
         ids = policy.generate(**prompt)[:, prompt["input_ids"].shape[1] :]  # (N, R)
     is_eos = ids == tokenizer.eos_token_id
     mask = is_eos.cumsum(1) - is_eos.int() == 0  # True up to and including the first EOS
@@ -267,9 +271,9 @@ def sample_batch(policy, rows, num_responses, tokenizer, args):
     return batch
 
 
-def compute_scores(reward, batch):
-    """Calls the reward function and checks that it returns N finite numbers, which it returns as a list."""
-    scores = reward(batch)
+def compute_scores(reward_function, batch):
+    """Calls the reward function, checks that it gives N finite numbers, and returns them as a list."""
+    scores = reward_function(batch)
     scores = scores.tolist() if hasattr(scores, "tolist") else scores
     complete = isinstance(scores, list) and len(scores) == len(batch["response"])
     check(complete, f"the reward is {scores!r:.50}; return a list of one number for each response")
@@ -280,8 +284,8 @@ def compute_scores(reward, batch):
 
 
 @torch.no_grad()
-def score_batch(batch, policy, reference, reward, args):
-    """Adds score (N,), logp_old_tok and logp_ref_tok (N, R). In float64 scores, offsets cancel exactly."""
+def score_batch(batch, policy, reference, reward_function, args):
+    """Adds score (N,), logp_old_tok and logp_ref_tok (N, R). float64 lets offsets of the score cancel."""
     scores, logp_old, logp_ref = [], [], []
     size = args.micro_batch_size * args.num_responses
     for first in range(0, len(batch["prompt"]), size):
@@ -290,7 +294,7 @@ def score_batch(batch, policy, reference, reward, args):
         with autocast(args):
             logp_old.append(response_logps(policy, **tokens, temperature=args.temperature))
             logp_ref.append(response_logps(reference, **tokens, temperature=args.temperature))
-            scores += compute_scores(reward, part)
+            scores += compute_scores(reward_function, part)
     batch["score"] = torch.tensor(scores, dtype=torch.float64, device=args.device)
     batch["score"] -= args.missing_eos_penalty * ~batch["ended"]
     batch["logp_old_tok"], batch["logp_ref_tok"] = torch.cat(logp_old), torch.cat(logp_ref)
@@ -307,25 +311,22 @@ def batch_metrics(batches):
     return metrics | {"response_length": length, "eos_rate": ended}
 
 
-def evaluate(step, policy, reference, reward, held_out, tokenizer, args):
+def evaluate(step, policy, reference, reward_function, held_out, tokenizer, args):
     """Metrics on the held-out prompts, always with the same seed. Writes the texts to samples_STEP.jsonl."""
     torch.manual_seed(args.seed * 10**6)
     batches, folder = [], Path(args.output_dir)
-    for rows in (held_out[first : first + 128] for first in range(0, len(held_out), 128)):  # saves memory
+    for rows in (held_out[first : first + 128] for first in range(0, len(held_out), 128)):
         batches.append(sample_batch(policy, rows, 1, tokenizer, args))
-        score_batch(batches[-1], policy, reference, reward, args)
-    with open(folder / f"samples_{step}.jsonl", "w") as file:
-        for batch in batches:
-            for x, y, score in zip(batch["prompt"], batch["response"], batch["score"].tolist()):
-                file.write(json.dumps({"prompt": x, "response": y, "reward": score}) + "\n")
+        score_batch(batches[-1], policy, reference, reward_function, args)
+    texts = [row for b in batches for row in zip(b["prompt"], b["response"], b["score"].tolist())]
+    lines = [json.dumps(dict(zip(("prompt", "response", "reward"), row))) + "\n" for row in texts]
+    (folder / f"samples_{step}.jsonl").write_text("".join(lines))
     metrics = {f"eval_{name}": value for name, value in batch_metrics(batches).items()}
     log = (folder / "metrics.jsonl").read_text().splitlines()
     start = json.loads(log[0]) if log else metrics  # at step 0 the policy is the SFT model
     metrics["eval_gain"] = metrics["eval_reward"] - start["eval_reward"]
-    text = (
-        "gain {eval_gain:.2f} over the SFT model, reward {eval_reward:.3f} at KL {eval_kl:.2f} nats/response"
-    )
-    tqdm.write(f"{folder}, step {step}: {text.format(**metrics)} on held-out prompts")
+    text = "gain {eval_gain:.2f} over the SFT model, reward {eval_reward:.3f} at KL {eval_kl:.2f} nats"
+    tqdm.write(f"{folder}, step {step}: {text.format(**metrics)}/response on held-out prompts")
     return metrics
 
 
@@ -333,21 +334,21 @@ def evaluate(step, policy, reference, reward, held_out, tokenizer, args):
 def check_args(args, may_be_zero):
     """Checks that numbers are in range and that the output folder is free or holds a run to go on with."""
     check(os.environ.get("WORLD_SIZE", "1") == "1", "this script is one process; see examples/ for several")
+    folder = Path(args.output_dir)
     for name, value in vars(args).items():
         in_range = type(value) not in (int, float) or value > 0 or (value == 0 and name in may_be_zero)
         check(in_range, f"--{name} {value} is out of range; give a larger number")
-    folder = Path(args.output_dir)
+        names_input = name in ("model", "reward_model", "dataset") and value
+        inside = names_input and Path(value).resolve().is_relative_to(folder.resolve())
+        check(not inside, f"--{name} lies inside --output_dir; give another --output_dir")
     check(folder.is_dir() or not os.path.lexists(folder), f"{folder} is no folder; give another --output_dir")
     is_run = (folder / "args.json").exists() and args.resume != args.overwrite
     free = is_run or not any(folder.glob("*"))
-    check(free, f"{folder} is not empty; --resume or --overwrite the run in it, or give another --output_dir")
-    for name in {"model", "reward_model", "dataset"} & vars(args).keys():
-        inside = Path(str(getattr(args, name))).resolve().is_relative_to(folder.resolve())
-        check(not inside, f"--{name} lies inside --output_dir; give another --output_dir")
+    check(free, f"{folder} is not empty; --resume or --overwrite its run, or give another --output_dir")
 
 
 def open_run(model, optimizer, args):
-    """Takes the output folder. Returns the checkpoint to --resume from, or a new one whose step is -1."""
+    """Claims the output folder. Returns the checkpoint to --resume from, or a new one whose step is -1."""
     folder, checkpoint = Path(args.output_dir), {"step": -1, "log_size": 0}
     if args.resume and (folder / "checkpoint.pt").exists():
         checkpoint = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
@@ -359,12 +360,12 @@ def open_run(model, optimizer, args):
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
     folder.mkdir(parents=True, exist_ok=True)
-    taken = (folder / "args.json").exists() and not (args.resume or args.overwrite)
-    check(not taken, f"another run has just taken {folder}; give another --output_dir")
+    begun = (folder / "args.json").exists() and not (args.resume or args.overwrite)
+    check(not begun, f"another run has just begun in {folder}; give another --output_dir")
     with open(folder / "args.json", "w" if args.resume or args.overwrite else "x") as file:
         json.dump({"args": vars(args)}, file, indent=2)
     old_files = [] if checkpoint["step"] >= 0 else ["checkpoint.pt", "config.json", "samples_*.jsonl"]
-    for pattern in [*old_files, "**/.tmp*"]:  # a kill leaves .tmp files behind while safetensors writes
+    for pattern in [*old_files, "**/.tmp*"]:  # a kill while safetensors writes leaves .tmp files
         for file in folder.glob(pattern):
             file.unlink()
     with open(folder / "metrics.jsonl", "a") as log:
@@ -386,8 +387,7 @@ def save(step, model, optimizer, tokenizer, args, **more):
 # ------------------------------------------------------------------------------------------------------ main
 def update_policy(policy, optimizer, batch, reward, minibatch, args):
     """One optimizer step on a minibatch of prompts, each with its K responses, in micro-batches."""
-    K = args.num_responses
-    metrics = {"loss": 0.0, "clip_fraction": 0.0, "log_ratio_max": 0.0}
+    K, metrics = args.num_responses, {"loss": 0.0, "clip_fraction": 0.0, "log_ratio_max": 0.0}
     for prompts in minibatch.split(args.micro_batch_size):
         rows = (prompts.unsqueeze(1) * K + torch.arange(K)).flatten()  # all K rows of each prompt
         with autocast(args):
@@ -431,7 +431,7 @@ def train_step(step, policy, reference, reward_function, optimizer, prompts, off
     for _ in range(args.epochs):
         for minibatch in torch.randperm(B).split(args.minibatch_size):
             updates.append(update_policy(policy, optimizer, batch, reward, minibatch, args))
-    # 4. Report the means.
+    # 4. Report the metrics.
     metrics = batch_metrics([batch])
     ids = batch["response_ids"].masked_fill(~batch["response_mask"], -1).view(B, K, -1)
     i, j = torch.triu_indices(K, K, offset=1)
@@ -464,9 +464,9 @@ def main(args):
     policy.generation_config = transformers.GenerationConfig(**sampling, max_new_tokens=args.response_length)
     optimizer = torch.optim.Adam(policy.parameters(), betas=(0.9, 0.95), eps=1e-5, fused=True)
     offset = args.reward_shift * torch.randn(len(prompts), 1, generator=torch.Generator().manual_seed(0))
-    offset = ((256 * offset).round() / 256).double().to(args.device)  # multiples of 1/256 are added exactly
-    first_step = open_run(policy, optimizer, args)["step"] + 1
-    bar = tqdm(range(first_step, args.steps + 1), "p3o", args.steps + 1, initial=first_step, disable=None)
+    offset = ((256 * offset).round() / 256).double().to(args.device)  # float64 adds such numbers exactly
+    next_step = open_run(policy, optimizer, args)["step"] + 1
+    bar = tqdm(range(next_step, args.steps + 1), "p3o", args.steps + 1, initial=next_step, disable=None)
     for step in bar:  # step 0 only evaluates and saves the SFT model
         metrics = train_step(step, *models, optimizer, prompts, offset, tokenizer, args) if step > 0 else {}
         if step % args.eval_every == 0 or step == args.steps:

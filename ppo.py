@@ -1,47 +1,41 @@
-"""Stage 3, the baseline: PPO for language models, token by token, with a critic.
+"""PPO (Schulman et al. 2017) for language models, the baseline that P3O is compared with.
 
-    python ppo.py                      the embedded task, after toy.py, sft.py and reward_model.py
-    python ppo.py --preset ppo_max     the recipe of "Secrets of RLHF"; other models: README.md
+PPO treats each token as an action. A critic predicts at each token how much reward is still to come. The
+policy then makes those tokens more probable after which more reward came than the critic had predicted.
 
-The first ends, on two x86 cores, with
-    out/ppo: reward 2.440 at KL 1.22 nats/response on held-out prompts; 60 steps, 1.1 minutes
+    python toy.py && python sft.py && python reward_model.py    # the stages before this one
+    python ppo.py                                               # 1 minute on two CPU cores; it ends with
+    out/ppo, step 60: gain 2.02 over the SFT model, reward 2.094 at KL 1.23 nats/response on held-out prompts
+    python ppo.py --preset ppo_max                              # the recipe PPO-max of [Secrets]
 
-    token rewards   r_t = -beta (log pi_old - log pi_SFT)(y_t), + r(x, y) at the last      token_rewards
-    TD error        delta_t = r_t + gamma V_t+1 - V_t, V behind the last token 0           gae
-    advantages      A_t = sum_l (gamma lam)^l delta_t+l; returns R_t = A_t + V_t           gae
-    PPO-Clip        max E min(rho_t A_t, clip(rho_t, 1 - eps, 1 + eps) A_t)                ppo_clip_loss
-    PPO-Penalty     max E rho_t A_t - c KL(pi_old || pi)                                   ppo_penalty_loss
-    critic          min E max((V - R)^2, (clip(V, V_old -+ eps_v) - R)^2) / 2              value_loss
-    adaptive beta   beta (1 + clip(KL / target - 1, -+0.2) n / horizon)                    adaptive_beta
+    token rewards   r_t = -beta log(pi_old / pi_SFT)(y_t), plus r(x, y) at the last token   token_rewards
+    advantages      A_t = sum_l (gamma lam)^l delta_{t+l}, and returns R_t = A_t + V_t      gae
+    PPO-Clip        max E min(rho_t A_t, clip(rho_t, 1 - eps, 1 + eps) A_t)                 ppo_clip_loss
+    PPO-Penalty     max E rho_t A_t - c KL(pi_old || pi)                                    ppo_penalty_loss
+    critic          min E max((V - R)^2, (clip(V, V_old - eps, V_old + eps) - R)^2) / 2     value_loss
 
-Sources: [PPO] Schulman et al. 2017, 1707.06347; [GAE] Schulman et al. 2015, 1506.02438; [Secrets] Zheng et
-al. 2023, "Secrets of RLHF in Large Language Models Part I: PPO", 2307.04964; [N+] Huang et al. 2024,
-2403.17031; [KL] Ziegler et al. 2019, 1909.08593.
+Read "the mathematics" first, then train_step, update_models and policy_and_value_loss at the end.
 
-The tricks that [Secrets] studies, a flag each, stand in README.md; PRESETS below holds those of PPO-max.
+Sources: [PPO] 1707.06347. [GAE] 1506.02438. [KL] Ziegler et al. 2019, 1909.08593. [N+] Huang et al. 2024,
+2403.17031. [Secrets] Zheng et al. 2023, "Secrets of RLHF in Large Language Models Part I: PPO", 2307.04964.
 
-Departures: KL(pi_old || pi) is estimated from the sampled tokens, mean of rho - 1 - log rho. Advantages are
-whitened over the rollout. Steps of critic pretraining count as --steps. The ptx term reads demonstrations,
-not raw text. A response cut off without EOS loses --missing_eos_penalty. "objective" is reward - beta KL with
---beta also where beta adapts: on the exact KL of the rollout before, by a fifth at most.
+Departures: KL(pi_old || pi) is estimated from the sampled tokens. Advantages are whitened over the rollout,
+not over each minibatch. The ptx term uses demonstrations, not pretraining text. Steps that train only the
+critic count as --steps. A response that is cut off before EOS loses --missing_eos_penalty.
 
-Legend: B prompts, K responses to each, N = B * K rows; P prompt length, R response length. Prompts are padded
-on the left, responses on the right. Masks are boolean, True counts. Log-probs and KL in nats.
+Notation: B prompts, K responses per prompt, N = B * K rows, P prompt length, R response length, V vocabulary.
+Prompts are padded on the left and responses on the right. Masks are boolean and True for real tokens. Names
+that end in _tok are (N, R). In an equation V is the critic's value. In the logs "reward" is the mean score.
 """
 
 import json
 import math
 import os
-import signal
 import sys
 import time
-from collections import defaultdict
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait choke a busy machine
 
 import datasets
 import torch
@@ -56,84 +50,86 @@ def flag(default, text):
 
 @dataclass
 class Args:
-    model: str = flag("out/sft", "SFT model: where the policy starts, and the reference of the KL")
+    preset: Literal["ppo", "ppo_max"] = flag(
+        "ppo", "recipe that sets the defaults of other flags; see PRESETS"
+    )
+    model: str = flag("out/sft", "SFT model: the policy starts from it, and the KL is measured against it")
     reward_model: str = flag("out/reward_model", "sequence-classification model with one label")
-    dataset: str = flag("data/toy/prompts", "hub name or folder with a text column prompt; see data.py")
-    output_dir: str = flag("out/ppo", "folder of this run; the critic goes to its subfolder critic/")
-    preset: Literal["ppo", "ppo_max"] = flag("ppo", "fills in the flags that are None here; see PRESETS")
-    seed: int = flag(0, "of data order and sampling")
-    device: str = flag("auto", "auto (cuda when there is one), cpu, cuda, cuda:1, ...")
-    dtype: Literal["float32", "bfloat16"] = flag("float32", "bfloat16: autocast, over float32 weights")
-    learning_rate: float = flag(3e-4, "of the policy; Adam, falls linearly to 0; 5e-7 for 7B in [Secrets]")
-    critic_learning_rate: float = flag(1e-3, "of the critic, falls likewise; 1.65e-6 for 7B in [Secrets]")
-    steps: int = flag(60, "rollouts in all; raised on --resume, the decay stretches: the rate jumps up")
-    prompts_per_step: int = flag(64, "B, prompts per rollout: the experience buffer, better small [Secrets]")
+    dataset: str = flag("data/toy/prompts", "hub name or folder with a text column 'prompt'; see data.py")
+    output_dir: str = flag("out/ppo", "folder for the trained model, the logs, the checkpoint and critic/")
+    seed: int = flag(0, "seed of the data order and of sampling")
+    device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1, ...")
+    dtype: Literal["float32", "bfloat16"] = flag("float32", "bfloat16 is autocast: weights stay in float32")
+    learning_rate: float = flag(3e-4, "Adam's rate, which falls linearly to 0; 5e-7 for 7B in [Secrets]")
+    critic_learning_rate: float = flag(1e-3, "rate for the critic, which falls too; 1.65e-6 in [Secrets]")
+    steps: int = flag(60, "number of rollouts; if --resume raises it, the learning rate jumps up")
+    prompts_per_step: int = flag(64, "B, prompts per rollout; small rollouts are stabler [Secrets]")
     num_responses: int = flag(2, "K, responses per prompt")
-    epochs: int = flag(2, "passes over each rollout; 1 to 4")
+    epochs: int = flag(2, "passes over each rollout, usually 1 to 4")
     minibatch_size: int = flag(32, "prompts per optimizer step, each with all its responses")
-    micro_batch_size: int = flag(0, "prompts per forward pass, to save memory; 0: the minibatch")
-    beta: float | None = flag(None, "weight of the KL to the SFT model in the token rewards")
-    kl_target: float | None = flag(None, "nats per response: beta adapts to hold the KL there")
-    kl_horizon: float = flag(1000, "responses in which beta adapts, with --kl_target; 10000 in [KL]")
+    micro_batch_size: int = flag(32, "prompts per forward and backward pass; a lower number saves memory")
+    beta: float = flag(0.5, "weight of the KL to the SFT model in the token rewards")
+    kl_target: float | None = flag(None, "KL in nats per response that beta, if it is to adapt, aims at")
+    kl_horizon: float = flag(1000, "responses over which beta adapts to --kl_target; 10000 in [KL]")
     gamma: float = flag(1.0, "discount per token")
-    lam: float = flag(0.95, "of GAE: 1 is the Monte-Carlo return, 0 the TD error")
+    lam: float = flag(0.95, "lambda of GAE; 1 gives Monte-Carlo returns, 0 gives one-step TD errors")
     policy_loss: Literal["clip", "penalty"] = flag("clip", "PPO-Clip or PPO-Penalty")
     clip_range: float = flag(0.2, "epsilon of PPO-Clip")
     penalty_coef: float = flag(0.5, "weight of KL(pi_old || pi) per token in PPO-Penalty")
-    value_clip_range: float = flag(0.2, "values move at most so far per rollout; 0: unclipped")
-    normalize_reward: bool | None = flag(None, "true or false: (score - mean) / std of all scores so far")
-    scale_reward: bool = flag(False, "score / std of all scores so far; studied in [Secrets], not in PPO-max")
-    reward_clip: float | None = flag(None, "scores then held in [-c, c], 0.3 also studied; 0: not clipped")
-    whiten_advantages: bool | None = flag(None, "true or false: (advantage - mean) / std [N+]")
-    advantage_clip: float = flag(0.0, "held in [-c, c]; 0.12 to 0.5 in [Secrets], not in PPO-max; 0: not")
+    value_clip_range: float = flag(0.2, "largest change of a value in one rollout; inf for no limit")
+    normalize_reward: bool = flag(False, "normalize scores by the mean and std of all scores so far")
+    scale_reward: bool = flag(False, "divide scores by the std of all scores so far; not in PPO-max")
+    reward_clip: float | None = flag(None, "largest absolute score after that; 0.3 to 0.8 in [Secrets]")
+    whiten_advantages: bool = flag(True, "normalization of advantages to mean 0 and std 1 [N+]")
+    advantage_clip: float | None = flag(None, "largest absolute advantage; 0.12 to 0.5 in [Secrets]")
     critic_init: Literal["reward", "sft"] = flag("reward", "reward model, or SFT model with a zero head")
-    critic_warmup_steps: int | None = flag(None, "critic pretraining: steps in which the policy rests")
-    entropy_coef: float = flag(0.0, "weight of the entropy per token; studied in [Secrets], not in PPO-max")
-    ptx_coef: float | None = flag(None, "PPO-ptx: weight of the demonstrations' log-likelihood per token")
-    ptx_dataset: str = flag("data/toy/sft", "demonstrations of --ptx_coef: prompt, completion; see data.py")
-    reward_shift: float = flag(0.0, "times a fixed normal offset per prompt, on scores but not in logs")
-    missing_eos_penalty: float = flag(1.0, "subtracted from the score of a response cut off without EOS")
-    temperature: float = flag(1.0, "divides the logits, when sampling and in every log-prob")
-    prompt_length: int = flag(32, "tokens; longer prompts are left out and counted")
-    response_length: int = flag(24, "tokens sampled at most, EOS included")
-    max_grad_norm: float = flag(1.0, "global gradient-norm clip, of policy and critic each")
-    eval_every: int = flag(20, "steps between evaluations on held-out prompts; 0: only before and after")
-    eval_prompts: int = flag(256, "held-out prompts of an evaluation")
-    save_every: int = flag(20, "steps between checkpoints; 0: only the last")
-    resume: bool = flag(False, "go on; steps, save_every, micro_batch_size, device may differ")
-    overwrite: bool = flag(False, "replace the run in output_dir")
+    critic_warmup_steps: int = flag(0, "number of first steps that train only the critic")
+    entropy_coef: float = flag(0.0, "weight of the entropy per token in the objective; not in PPO-max")
+    ptx_coef: float = flag(0.0, "weight of the demonstrations' log-likelihood per token (PPO-ptx)")
+    ptx_dataset: str = flag("data/toy/sft", "demonstrations for --ptx_coef: columns prompt, completion")
+    reward_shift: float = flag(0.0, "size of a random offset per prompt in the scores, an experiment")
+    missing_eos_penalty: float = flag(1.0, "number subtracted from the score of a response without EOS")
+    temperature: float = flag(1.0, "number that divides the logits, in sampling and in every log-prob")
+    prompt_length: int = flag(32, "longest prompt in tokens; longer ones are left out")
+    response_length: int = flag(24, "maximum number of sampled tokens, EOS included")
+    max_grad_norm: float = flag(1.0, "largest norm of a model's gradient; a longer one is scaled down to it")
+    eval_every: int = flag(20, "steps between evaluations; there is one at step 0 and at the end")
+    eval_prompts: int = flag(256, "number of held-out prompts to evaluate on")
+    save_every: int = flag(20, "steps between checkpoints; there is one at step 0 and at the end")
+    resume: bool = flag(False, "continue from the last checkpoint in output_dir, with the same flags")
+    overwrite: bool = flag(False, "start again in an output_dir that already holds a run")
 
 
-PRESETS = {  # what the flags become that were not given
-    "ppo": {"beta": 0.5, "normalize_reward": False, "reward_clip": 0.0, "whiten_advantages": True}
-    | {"critic_warmup_steps": 0, "ptx_coef": 0.0},
-    "ppo_max": {"beta": 0.05, "normalize_reward": True, "reward_clip": 0.8, "whiten_advantages": False}
-    | {"critic_warmup_steps": 10, "ptx_coef": 0.05},
+PRESETS = {  # the defaults that a preset changes
+    "ppo": {},
+    "ppo_max": {  # [Secrets, sec. 5.4]
+        "beta": 0.05,
+        "normalize_reward": True,
+        "reward_clip": 0.8,
+        "whiten_advantages": False,
+        "critic_warmup_steps": 10,
+        "ptx_coef": 0.05,
+    },
 }
 
 
 # ------------------------------------------------------------------------------------------- the mathematics
 def masked_mean(x, mask):
-    """Mean of x where mask is True. What stands elsewhere, be it nan, has no influence and no gradient."""
+    """Mean of x where mask is True. Other entries, even nan, change nothing and get no gradient."""
     return x.masked_fill(~mask, 0.0).sum() / mask.sum()
 
 
-def masked_variance(x, mask):
-    """Population variance of x where mask is True."""
-    return masked_mean((x - masked_mean(x, mask)) ** 2, mask)
-
-
 def masked_whiten(x, mask, shift_mean=True):
-    """(x - mean) / std over the True positions, 0 elsewhere. shift_mean=False keeps the mean where it was."""
+    """(x - mean) / std where mask is True, 0 elsewhere. With shift_mean=False the mean is added back."""
     mean = masked_mean(x, mask)
-    whitened = (x - mean) / (masked_variance(x, mask) + 1e-8).sqrt()
+    whitened = (x - mean) / (masked_mean((x - mean) ** 2, mask) + 1e-8).sqrt()
     return (whitened if shift_mean else whitened + mean).masked_fill(~mask, 0.0)
 
 
 def token_rewards(score, logp_old_tok, logp_ref_tok, response_mask, beta):
     """r_t = -beta (log pi_old - log pi_SFT)(y_t), plus the score at the last response token [N+].
 
-    score (B,), the others (B, R), log-probs in nats. Returns (B, R), 0 where response_mask is False.
+    score is (B,), the other tensors are (B, R), and log-probs are in nats. Returns (B, R), 0 off the mask.
     """
     kl = (logp_old_tok - logp_ref_tok).masked_fill(~response_mask, 0.0)
     last = response_mask & (response_mask.cumsum(1) == response_mask.sum(1, keepdim=True))
@@ -142,10 +138,10 @@ def token_rewards(score, logp_old_tok, logp_ref_tok, response_mask, beta):
 
 @torch.no_grad()
 def gae(reward_tok, value_tok, response_mask, gamma=1.0, lam=0.95):
-    """A_t = sum_l (gamma lam)^l delta_t+l, delta_t = r_t + gamma V_t+1 - V_t, V = 0 after the end [GAE].
+    """A_t = sum_l (gamma lam)^l delta_{t+l}, where delta_t = r_t + gamma V_{t+1} - V_t [GAE].
 
-    All (B, R); responses on the left of their rows. Returns (advantages, returns = A + V), both (B, R), 0
-    outside the mask. lam = 1: returns are the discounted sums of the rewards still to come.
+    All arguments are (B, R). V is 0 after the end of a response. Returns (advantages, returns), (B, R) each
+    and 0 outside the mask, where returns = A + V. If lam is 1, returns are discounted sums of the rewards.
     """
     reward, value = (x.masked_fill(~response_mask, 0.0) for x in (reward_tok, value_tok))
     delta = reward + gamma * torch.nn.functional.pad(value[:, 1:], (0, 1)) - value  # (B, R)
@@ -157,22 +153,23 @@ def gae(reward_tok, value_tok, response_mask, gamma=1.0, lam=0.95):
 
 
 def importance_ratio(logp_new_tok, logp_old_tok, response_mask):
-    """rho_t = pi(y_t) / pi_old(y_t), (B, R), 1 outside the mask; approx_kl, (); and both in figures to watch.
+    """rho_t = pi(y_t) / pi_old(y_t), (B, R) and 1 outside the mask. Returns (rho, approx_kl, stats).
 
-    approx_kl: mean over tokens of rho - 1 - log rho, unbiased for KL(pi_old || pi), nats per token.
+    approx_kl () is the mean over tokens of rho - 1 - log rho, an unbiased estimate of KL(pi_old || pi) in
+    nats per token. log rho is clamped to [-20, 20] so that float32 stays finite. No gradient flows beyond.
     """
-    log_rho = (logp_new_tok - logp_old_tok).masked_fill(~response_mask, 0.0)
+    log_ratio = (logp_new_tok - logp_old_tok).masked_fill(~response_mask, 0.0)
+    log_rho = log_ratio.clamp(-20, 20)
     rho = log_rho.exp()
     approx_kl = masked_mean(rho - 1 - log_rho, response_mask)
-    stats = {"approx_kl": approx_kl.item(), "log_ratio_max": log_rho.detach().abs().max().item()}
-    return rho, approx_kl, stats
+    return rho, approx_kl, {"approx_kl": approx_kl.item(), "log_ratio_max": log_ratio.abs().max().item()}
 
 
 def ppo_clip_loss(logp_new_tok, logp_old_tok, advantages, response_mask, clip_range=0.2):
-    """-E_t min(rho_t A_t, clip(rho_t, 1 - eps, 1 + eps) A_t), mean over response tokens [PPO, eq. 7].
+    """-E_t min(rho_t A_t, clip(rho_t, 1 - eps, 1 + eps) A_t), a mean over response tokens [PPO, eq. 7].
 
-    All (B, R), log-probs in nats. Returns (loss, stats): clip_fraction, the share of tokens whose gradient
-    the clip removed, approx_kl (see importance_ratio) and log_ratio_max, the largest |log rho_t|.
+    All tensors are (B, R), and log-probs are in nats. Returns the loss () and {"clip_fraction": share of
+    tokens whose gradient the clip removed, "log_ratio_max": max |log rho|, and "approx_kl"}.
     """
     rho, _, stats = importance_ratio(logp_new_tok, logp_old_tok, response_mask)
     unclipped, clipped = rho * advantages, rho.clamp(1 - clip_range, 1 + clip_range) * advantages
@@ -181,39 +178,38 @@ def ppo_clip_loss(logp_new_tok, logp_old_tok, advantages, response_mask, clip_ra
 
 
 def ppo_penalty_loss(logp_new_tok, logp_old_tok, advantages, response_mask, penalty):
-    """-E_t rho_t A_t + penalty KL(pi_old || pi), mean over response tokens [PPO, eq. 8].
+    """-E_t rho_t A_t + penalty KL(pi_old || pi), a mean over response tokens [PPO, eq. 8].
 
-    All (B, R), log-probs in nats. The KL is approx_kl (see importance_ratio): unbiased, its gradient too.
-    Returns (loss, stats) as ppo_clip_loss does, with a clip_fraction of 0.
+    Shapes and results are those of ppo_clip_loss, with a clip_fraction of 0. The KL is approx_kl.
     """
-    rho, kl, stats = importance_ratio(logp_new_tok, logp_old_tok, response_mask)
+    rho, approx_kl, stats = importance_ratio(logp_new_tok, logp_old_tok, response_mask)
     surrogate = masked_mean(rho * advantages, response_mask)
-    return penalty * kl - surrogate, stats | {"clip_fraction": 0.0}
+    return penalty * approx_kl - surrogate, stats | {"clip_fraction": 0.0}
 
 
 def value_loss(value_new_tok, value_old_tok, returns, response_mask, clip_range=0.2):
-    """E_t max((V - R)^2, (clip(V, V_old - eps, V_old + eps) - R)^2) / 2, mean over response tokens [N+].
+    """E_t max((V - R)^2, (clip(V, V_old - eps, V_old + eps) - R)^2) / 2, a mean over response tokens [N+].
 
-    All (B, R). clip_range None: half the plain squared error. Returns a scalar.
+    All tensors are (B, R). With clip_range=None it is half the mean squared error. Returns the loss ().
     """
     new, old = value_new_tok.masked_fill(~response_mask, 0.0), value_old_tok
-    held = new if clip_range is None else old + (new - old).clamp(-clip_range, clip_range)
-    errors = torch.maximum((new - returns) ** 2, (held - returns) ** 2)
+    clipped = new if clip_range is None else old + (new - old).clamp(-clip_range, clip_range)
+    errors = torch.maximum((new - returns) ** 2, (clipped - returns) ** 2)
     return masked_mean(errors, response_mask) / 2
 
 
 class RunningNormalizer:
-    """(x - mean) / std, mean and std of everything seen so far, then clipped to [-clip, clip] [Secrets].
+    """(x - mean) / std over all numbers so far, then clipped to [-clip, clip] [Secrets].
 
-    std: the population's. shift_mean=False divides by std only: reward scaling. scale=False: clips only.
+    std is the population's. shift_mean=False only divides by it, and scale=False only clips.
     """
 
     def __init__(self, shift_mean=True, scale=True, clip=None):
         self.shift_mean, self.scale, self.clip = shift_mean, scale, clip
-        self.count, self.mean, self.squares = 0, 0.0, 0.0  # squares: sum of (x - mean)^2
+        self.count, self.mean, self.squares = 0, 0.0, 0.0  # squares is the sum of (x - mean)^2
 
     def __call__(self, x):
-        """Takes x (any shape) into the statistics and returns it normalised by them."""
+        """Adds x (any shape) to the statistics and returns x normalized by them."""
         n, mean = x.numel(), x.double().mean().item()
         total, delta = self.count + n, mean - self.mean
         self.squares += ((x.double() - mean) ** 2).sum().item() + delta**2 * self.count * n / total
@@ -231,542 +227,470 @@ class RunningNormalizer:
 
 
 def adaptive_beta(beta, kl, target, horizon, n):
-    """beta (1 + clip(KL / target - 1, -0.2, 0.2) n / horizon) after n responses [KL]; kl, target in nats.
+    """beta (1 + clip(kl / target - 1, -0.2, 0.2) n / horizon) after n more responses [KL].
 
-    n / horizon is held to at most 1, so that beta stays positive.
+    kl and target are in nats per response. n / horizon is limited to 1 so that beta stays positive.
     """
     return beta * (1 + min(max(kl / target - 1, -0.2), 0.2) * min(n / horizon, 1))
 
 
 # -------------------------------------------------------------------------------------- tokens and log-probs
-TOKENS = "prompt_ids", "prompt_mask", "response_ids", "response_mask"  # (N, P), (N, P), (N, R), (N, R)
-
-
-def pad(sequences, side, tokenizer, device):
-    """Token lists -> ids (N, L), mask (N, L), padded to the longest on `side`, "left" or "right"."""
-    rows = tokenizer.pad({"input_ids": sequences}, padding_side=side, return_tensors="pt").to(device)
-    return rows["input_ids"], rows["attention_mask"].bool()
-
-
+# The functions from here to the main section are the same text in every training script that has them.
 def model_inputs(prompt_ids, prompt_mask, response_ids, response_mask):
-    """Joins prompts and responses for a forward pass. Positions count real tokens: padding shifts nothing."""
-    ids = torch.cat([prompt_ids, response_ids], 1)
+    """Joins prompts and responses. Positions count real tokens only, so that padding shifts nothing."""
+    ids = torch.cat([prompt_ids, response_ids], 1)  # (N, P + R)
     mask = torch.cat([prompt_mask, response_mask], 1).long()
     return {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
 
 
-def response_distributions(model, prompt_ids, prompt_mask, response_ids, response_mask, temperature=1.0):
-    """log pi(. | x, y_<t) at every response position: (N, R, V), float32 whatever the model's dtype."""
+def response_logps(model, prompt_ids, prompt_mask, response_ids, response_mask, temperature=1.0):
+    """log pi(y_t | x, y_<t) in nats: (N, R), float32, 0 where response_mask is False. Gradients flow.
+
+    Prompts (N, P) are padded on the left and responses (N, R) on the right. Masks are boolean.
+    """
     inputs = model_inputs(prompt_ids, prompt_mask, response_ids, response_mask)
     keep = response_ids.shape[1] + 1  # the last prompt token predicts the first response token
     logits = model(**inputs, use_cache=False, logits_to_keep=keep).logits[:, :-1]
-    return torch.log_softmax(logits.float() / temperature, -1)
-
-
-def response_logps(model, prompt_ids, prompt_mask, response_ids, response_mask, temperature=1.0):
-    """log pi(y_t | x, y_<t) in nats: (N, R), float32, 0 where response_mask is False; gradients flow.
-
-    Prompts (N, P) are padded on the left, responses (N, R) on the right; masks are boolean.
-    """
-    logps = response_distributions(model, prompt_ids, prompt_mask, response_ids, response_mask, temperature)
+    logps = torch.log_softmax(logits.float() / temperature, -1)  # (N, R, V)
     return logps.gather(-1, response_ids.unsqueeze(-1)).squeeze(-1).masked_fill(~response_mask, 0.0)
 
 
+def read_score(model, prompt_ids, prompt_mask, response_ids, response_mask):
+    """r(x, y), the output of the score head at the last token of each response: (N,), float32."""
+    inputs = model_inputs(prompt_ids, prompt_mask, response_ids, response_mask)
+    hidden = model.base_model(**inputs, use_cache=False).last_hidden_state.float()  # (N, P + R, D)
+    with torch.autocast(hidden.device.type, enabled=False):  # a bfloat16 head would round scores by up to 1%
+        scores = model.score(hidden[:, prompt_ids.shape[1] - 1 :]).squeeze(-1)  # (N, 1 + R)
+    return scores.gather(1, response_mask.sum(1, keepdim=True)).squeeze(
+        1
+    )  # by position, as pad may equal EOS
+
+
 def read_values(model, prompt_ids, prompt_mask, response_ids, response_mask):
-    """V(x, y_<t), the score head read before each response token: (N, R), float32."""
+    """V(x, y_<t), the output of the score head before each response token: (N, R), float32."""
     inputs = model_inputs(prompt_ids, prompt_mask, response_ids, response_mask)
     hidden = model.base_model(**inputs, use_cache=False).last_hidden_state.float()  # (N, P + R, D)
     with torch.autocast(hidden.device.type, enabled=False):  # as in read_score
-        return model.score(hidden[:, prompt_ids.shape[1] - 1 :]).squeeze(-1)[:, :-1]
+        return model.score(hidden[:, prompt_ids.shape[1] - 1 : -1]).squeeze(-1)
 
 
-def read_score(model, prompt_ids, prompt_mask, response_ids, response_mask):
-    """r(x, y): the score head read at the last response token, by position: pad may be EOS. (N,), float32."""
+def response_entropy(model, prompt_ids, prompt_mask, response_ids, response_mask, temperature=1.0):
+    """Mean entropy of the next-token distributions over the response tokens: (), nats. Gradients flow."""
     inputs = model_inputs(prompt_ids, prompt_mask, response_ids, response_mask)
-    hidden = model.base_model(**inputs, use_cache=False).last_hidden_state.float()  # (N, P + R, D)
-    with torch.autocast(hidden.device.type, enabled=False):  # bfloat16 would round scores by up to 1%
-        values = model.score(hidden[:, prompt_ids.shape[1] - 1 :]).squeeze(-1)  # (N, 1 + R)
-    return values.gather(1, response_mask.sum(1, keepdim=True)).squeeze(1)
+    keep = response_ids.shape[1] + 1
+    logits = model(**inputs, use_cache=False, logits_to_keep=keep).logits[:, :-1]
+    logps = torch.log_softmax(logits.float() / temperature, -1)  # (N, R, V)
+    return masked_mean(-(logps.exp() * logps).sum(-1), response_mask)
+
+
+def token_rows(batch, rows):
+    """Selects rows of a batch and returns its token tensors as keyword arguments for the functions above."""
+    names = "prompt_ids", "prompt_mask", "response_ids", "response_mask"
+    return {name: batch[name][rows] for name in names}
 
 
 # ------------------------------------------------------------------------------------------- data and models
-LEAST_SHARE = 0.1  # of the rows must be within the length limits
+def check(condition, message):
+    """Ends the program with a one-line error message if the condition does not hold."""
+    if not condition:
+        sys.exit(f"error: {message}")
 
 
-def read_rows(name, splits, columns, tokenizer, args, limit=None):
-    """[{"prompt": text, "prompt_ids": [...], "response_ids": [[...], ...]}, ...], a response for each column.
-
-    Of the first of `splits` there is. Texts are taken literally, EOS is added; longer rows are left out.
-    """
-    todo = f"python data.py --dataset {name} --model {args.model} --output_dir data/NAME makes it readable"
-    with explained(f"cannot read data set {name!r}", todo):
-        data = datasets.load_dataset(name)
-        split = next((split for split in splits if split in data), splits[0])
-        texts = {column: data[split][column][:] for column in ("prompt", *columns)}
-        ids = {column: tokenizer(x, add_special_tokens=False)["input_ids"] for column, x in texts.items()}
-    rows = []
-    for i, prompt in enumerate(texts["prompt"]):
-        response_ids = [ids[column][i] + [tokenizer.eos_token_id] for column in columns]
-        longest = max([len(x) for x in response_ids], default=0)
-        if 0 < len(ids["prompt"][i]) <= args.prompt_length and longest <= args.response_length:
-            rows.append({"prompt": prompt, "prompt_ids": ids["prompt"][i], "response_ids": response_ids})
-    used = f"{name} [{split}]: {len(rows)} of {len(texts['prompt'])} rows are within the length limits"
-    todo = f"raise --prompt_length {args.prompt_length} or --response_length {args.response_length}"
-    require(len(rows) > LEAST_SHARE * len(texts["prompt"]), f"{used}; {todo}")
-    less = "" if 2 * len(rows) > len(texts["prompt"]) else "warning, less than half: "
-    print(less + used, flush=True)
-    return rows[:limit]
-
-
-def data_order(num_rows, size, step, seed):
-    """Row numbers of step 1, 2, ...: passes over the data, each shuffled by a seed: no state to save."""
-    rows, place = [], (step - 1) * size
-    while len(rows) < size:
-        epoch, start = divmod(place + len(rows), num_rows)
-        order = torch.randperm(num_rows, generator=torch.Generator().manual_seed(seed * 10**6 + epoch))
-        rows += order[start : start + size - len(rows)].tolist()
-    return rows
-
-
-def load_tokenizer(name):
-    """The tokenizer of a model; where it has no padding token EOS serves, as masks go by position."""
-    with explained(f"cannot load a tokenizer from {name!r}", "run the stage before, or name another model"):
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    useful = tokenizer.eos_token and len(tokenizer) > 1  # without its files GPT-2's knows EOS alone
-    require(useful, f"{name!r} has no tokenizer, or it has no EOS; use another model")
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+def load_tokenizer(args):
+    """Loads the model's tokenizer and checks that its EOS is the token that ends a turn in the data set."""
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # safe: no mask looks for this token
+    eos, record = tokenizer.eos_token, Path(args.dataset, "data.json")  # data.py writes this file
+    end = json.loads(record.read_text())["eos_token"] if record.exists() else eos
+    check(eos and eos == end, f"{args.model} has EOS {eos!r}, {args.dataset} has {end!r}; run sft.py first")
     return tokenizer
 
 
-def load_model(auto_class, name, tokenizer, args, may_miss=(), **options):
-    """A decoder-only model in float32 and eval mode: no dropout, ever. may_miss: weights made afresh."""
-    todo = "name a decoder-only one, with embeddings for EOS and padding, or another --device"
-    with explained(f"cannot use {name!r} as a model on --device {args.device}", todo):
-        options |= {"dtype": torch.float32, "output_loading_info": True}
-        model, info = auto_class.from_pretrained(name, **options)
-        model = model.eval().to(args.device)
-        # A probe: the hidden states of a row are the same alone and behind a pad, whatever follows.
-        ids = [[1, 2, 0, tokenizer.eos_token_id], [tokenizer.pad_token_id, 1, 2, 0]]
-        ids, mask = torch.tensor([ids, [[1, 1, 1, 1], [0, 1, 1, 1]]], device=args.device)  # (2, 4) each
-        inputs = model_inputs(ids[:, :2], mask[:, :2], ids[:, 2:], mask[:, 2:])
-        with torch.no_grad():
-            hidden = model.base_model(**inputs, use_cache=False).last_hidden_state  # (2, 4, D)
-        same = bool((hidden[0, :3] - hidden[1, 1:]).abs().max() <= 1e-3 * hidden.abs().max())
-    require(same, f"{name!r} sees padding or later tokens, or is not finite; use a decoder-only model")
-    whole = set(info["missing_keys"]) <= set(may_miss) and "score.weight" not in info["unexpected_keys"]
-    whole &= hasattr(model, "score") or "num_labels" not in options
-    whole &= not getattr(model, "_hf_peft_config_loaded", False)  # an adapter on some other model
-    require(whole, f"{name!r} is not a whole {auto_class.__name__.removeprefix('AutoModelFor')}; name one")
-    need = args.prompt_length + args.response_length
-    most = getattr(model.config, "max_position_embeddings", None) or need
-    require(need <= most, f"{name!r} holds {most} tokens, not {need}; lower --prompt_length")
-    return model
+def read_rows(name, splits, columns, tokenizer, args):
+    """Reads the prompts, and the responses in these columns, of the first of these splits that there is.
+
+    Returns {"prompt": text, "prompt_ids": tokens, "response_ids": [tokens for each column]} for each row
+    within the length limits. EOS ends each response. Without a column "completion", "chosen" serves as it.
+    """
+    if Path(name).is_dir():  # load_dataset would cache local files and might return an older version
+        files = {file.stem: file.open(encoding="utf-8") for file in Path(name).glob("*.jsonl")}
+        data = {split: [json.loads(line) for line in file] for split, file in files.items()}
+    else:
+        data = datasets.load_dataset(name)
+    split = next((split for split in splits if split in data), None)
+    found = data[split][0].keys() if split and data[split] else ()
+    columns = ["chosen" if column == "completion" and column not in found else column for column in columns]
+    readable = {"prompt", *columns} <= set(found)
+    check(readable, f"{name} has no columns {['prompt', *columns]} in a split {splits}; make it with data.py")
+    texts = {column: [row[column] for row in data[split]] for column in ["prompt", *columns]}
+    ids = {column: tokenizer(texts[column], add_special_tokens=False)["input_ids"] for column in texts}
+    rows = []
+    for i, prompt_ids in enumerate(ids["prompt"]):
+        response_ids = [ids[column][i] + [tokenizer.eos_token_id] for column in columns]
+        longest = max(map(len, response_ids), default=0)
+        if 0 < len(prompt_ids) <= args.prompt_length and longest <= args.response_length:
+            rows.append(
+                {"prompt": texts["prompt"][i], "prompt_ids": prompt_ids, "response_ids": response_ids}
+            )
+    print(f"{name} ({split}): {len(rows)} of {len(texts['prompt'])} rows fit the length limits", flush=True)
+    check(rows, f"no row fits --prompt_length {args.prompt_length} and --response_length; raise them")
+    return rows
+
+
+def pad_rows(prompt_ids, response_ids, tokenizer, args):
+    """Pads N prompts on the left and N responses on the right: a batch, as token_rows reads it."""
+    prompt, response = (
+        tokenizer.pad({"input_ids": ids}, padding_side=side, return_tensors="pt").to(args.device)
+        for ids, side in ((prompt_ids, "left"), (response_ids, "right"))
+    )
+    batch = {"prompt_ids": prompt["input_ids"], "prompt_mask": prompt["attention_mask"].bool()}
+    return batch | {"response_ids": response["input_ids"], "response_mask": response["attention_mask"].bool()}
+
+
+def data_order(num_rows, size, step, seed):
+    """The row numbers for step 1, 2, ... Each pass is shuffled by a seed, so there is no state to save."""
+    first, last = (
+        (step - 1) * size // num_rows,
+        (step * size - 1) // num_rows,
+    )  # the passes that this step touches
+    generators = [torch.Generator().manual_seed(seed * 10**6 + i) for i in range(first, last + 1)]
+    order = torch.cat([torch.randperm(num_rows, generator=generator) for generator in generators])
+    return order[(step - 1) * size - first * num_rows :][:size].tolist()
+
+
+def load_model(auto_class, name, tokenizer, args, may_lack=(), **options):
+    """Loads a model in float32 and in eval mode: with dropout the first importance ratio would not be 1."""
+    model, info = auto_class.from_pretrained(name, dtype=torch.float32, output_loading_info=True, **options)
+    lacking = sorted(set(info["missing_keys"]) - set(may_lack))
+    check(not lacking, f"{name} lacks the weights {lacking[:3]}; give a model that has them")
+    other_heads = ("lm_head.", "embed_out.") if "num_labels" in options else ()
+    unread = [key for key in info["unexpected_keys"] if not key.startswith(other_heads)]
+    unread += [file.name for file in Path(name).glob("adapter_config.json")]
+    check(not unread, f"{name} holds {unread[:3]}, which would be ignored; merge or remove them first")
+    rows, highest = model.get_input_embeddings().num_embeddings, max(tokenizer.get_vocab().values())
+    check(highest < rows, f"{name} has {rows} embeddings, too few for token id {highest}; resize them")
+    limit = getattr(model.config, "max_position_embeddings", None) or math.inf
+    fitting = args.prompt_length + args.response_length <= limit
+    check(fitting, f"{name} takes at most {limit} tokens; lower --prompt_length or --response_length")
+    return model.eval().to(args.device)
 
 
 def load_reward(tokenizer, args):
-    """r(x, y), a function from a batch to scores (N,). To replace where the reward is your own: README.md."""
+    """The reward r(x, y): a function from a batch to N scores. Replace it to use a reward of your own."""
     model = load_model(AutoModelForSequenceClassification, args.reward_model, tokenizer, args, num_labels=1)
+    matches = AutoTokenizer.from_pretrained(args.reward_model).get_vocab() == tokenizer.get_vocab()
+    check(matches, f"{args.reward_model} has another tokenizer; see 'Your own reward' in README.md")
     model.requires_grad_(False)
-    same = load_tokenizer(args.reward_model).get_vocab() == tokenizer.get_vocab()
-    require(same, f"{args.reward_model!r} has another tokenizer; see 'Your own reward' in README.md")
-    return lambda batch: read_score(model, *(batch[name] for name in TOKENS))
+    return lambda batch: read_score(model, **token_rows(batch, slice(None)))
 
 
 def load_critic(tokenizer, args):
-    """A second copy of the reward model, or the SFT model with a score head of zeros, to be trained as V."""
-    name = args.reward_model if args.critic_init == "reward" else args.model
-    options = {"may_miss": ["score.weight"], "num_labels": 1}
-    critic = load_model(AutoModelForSequenceClassification, name, tokenizer, args, **options)
-    if args.critic_init == "sft":
+    """The model that is trained as V: a second reward model, or the SFT model with a score head of zeros."""
+    from_sft = args.critic_init == "sft"
+    name, may_lack = (args.model, ["score.weight"]) if from_sft else (args.reward_model, [])
+    critic = load_model(AutoModelForSequenceClassification, name, tokenizer, args, may_lack, num_labels=1)
+    if from_sft:
         torch.nn.init.zeros_(critic.score.weight)
     return critic
 
 
 # --------------------------------------------------------------------------- rollout, metrics and evaluation
 def autocast(args):
-    """--dtype bfloat16: forward passes in bfloat16 over float32 weights, where small updates are not lost."""
     return torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.dtype == "bfloat16")
 
 
 @torch.no_grad()
 def sample_batch(policy, rows, num_responses, tokenizer, args):
-    """K responses to each prompt of B rows: a batch, a dict of N = B * K rows, tensors and lists of texts."""
+    """Samples K responses to each of B prompts. Returns a batch: a dict of tensors and lists of N rows."""
     rows = [row for row in rows for _ in range(num_responses)]
-    prompt_ids, prompt_mask = pad([row["prompt_ids"] for row in rows], "left", tokenizer, args.device)
-    config = {"do_sample": True, "temperature": args.temperature, "top_k": 0, "top_p": 1.0}
-    config |= {"max_new_tokens": args.response_length, "remove_invalid_values": True}
-    config |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    policy.generation_config = transformers.GenerationConfig(**config)  # saved too: it samples as here
-    with autocast(args):
-        ids = policy.generate(input_ids=prompt_ids, attention_mask=prompt_mask.long())
-    ids = ids[:, prompt_ids.shape[1] :]  # (N, R)
+    prompt_ids = {"input_ids": [row["prompt_ids"] for row in rows]}
+    prompt = tokenizer.pad(prompt_ids, padding_side="left", return_tensors="pt").to(args.device)
+    with autocast(args):  # main has set the temperature and the length in policy.generation_config
+        ids = policy.generate(**prompt)[:, prompt["input_ids"].shape[1] :]  # (N, R)
     is_eos = ids == tokenizer.eos_token_id
-    mask = is_eos.cumsum(1) - is_eos.int() == 0  # up to the first EOS, by position: pad may be EOS
-    batch = dict(zip(TOKENS, (prompt_ids, prompt_mask, ids, mask)))
-    batch["ended"] = is_eos.any(1)  # (N,)
+    mask = is_eos.cumsum(1) - is_eos.int() == 0  # True up to and including the first EOS
+    batch = {"prompt_ids": prompt["input_ids"], "prompt_mask": prompt["attention_mask"].bool()}  # (N, P)
+    batch |= {"response_ids": ids, "response_mask": mask, "ended": is_eos.any(1)}  # (N, R), (N, R), (N,)
     batch["prompt"] = [row["prompt"] for row in rows]
     batch["response"] = [tokenizer.decode(y[m], skip_special_tokens=True) for y, m in zip(ids, mask)]
     return batch
 
 
+def compute_scores(reward_function, batch):
+    """Calls the reward function, checks that it gives N finite numbers, and returns them as a list."""
+    scores = reward_function(batch)
+    scores = scores.tolist() if hasattr(scores, "tolist") else scores
+    complete = isinstance(scores, list) and len(scores) == len(batch["response"])
+    check(complete, f"the reward is {scores!r:.50}; return a list of one number for each response")
+    for score, response in zip(scores, batch["response"]):
+        finite = hasattr(score, "__float__") and math.isfinite(score)
+        check(finite, f"the reward of the response {response!r} is {score!r}; return a finite number")
+    return scores
+
+
 @torch.no_grad()
-def score_batch(batch, models, size, args):
-    """Adds score, float64 (N,): r(x, y) less the missing-EOS penalty; and, (N, R) in nats, logp_old_tok,
-    logp_ref_tok, entropy_tok, and kl_tok, the exact KL of the next-token distributions.
-
-    By the forward pass of training, as the sampler's log-probs are not the same bits; `size` rows at a time.
-    """
-    policy, reference, score_fn = models
-    parts = []
-    for first in range(0, len(batch["response"]), size):
-        part = {name: x[first : first + size] for name, x in batch.items()}
-        tokens = [part[name] for name in TOKENS]
+def score_batch(batch, policy, reference, reward_function, args):
+    """Adds score (N,), logp_old_tok and logp_ref_tok (N, R). float64 lets offsets of the score cancel."""
+    scores, logp_old, logp_ref = [], [], []
+    size = args.micro_batch_size * args.num_responses
+    for first in range(0, len(batch["prompt"]), size):
+        part = {name: values[first : first + size] for name, values in batch.items()}
+        tokens = token_rows(part, slice(None))
         with autocast(args):
-            log_old = response_distributions(policy, *tokens, args.temperature)  # (n, R, V)
-            log_ref = response_distributions(reference, *tokens, args.temperature)
-            score = torch.as_tensor(score_fn(part), dtype=torch.float64, device=args.device).flatten()
-        ids, outside = part["response_ids"].unsqueeze(-1), ~part["response_mask"]
-        values = {"logp_old_tok": log_old.gather(-1, ids).squeeze(-1)}
-        values["logp_ref_tok"] = log_ref.gather(-1, ids).squeeze(-1)
-        values["entropy_tok"] = -(log_old.exp() * log_old).sum(-1)
-        values["kl_tok"] = (log_old.exp() * (log_old - log_ref)).sum(-1)
-        values = {name: x.masked_fill(outside, 0.0) for name, x in values.items()}
-        values["score"] = torch.where(part["ended"], score, score - args.missing_eos_penalty)
-        parts.append(values)
-    return batch | {name: torch.cat([values[name] for values in parts]) for name in parts[0]}
+            logp_old.append(response_logps(policy, **tokens, temperature=args.temperature))
+            logp_ref.append(response_logps(reference, **tokens, temperature=args.temperature))
+            scores += compute_scores(reward_function, part)
+    batch["score"] = torch.tensor(scores, dtype=torch.float64, device=args.device)
+    batch["score"] -= args.missing_eos_penalty * ~batch["ended"]
+    batch["logp_old_tok"], batch["logp_ref_tok"] = torch.cat(logp_old), torch.cat(logp_ref)
 
 
-def batch_metrics(batch, num_responses, beta):
-    """Means of a scored batch: reward, objective (reward - beta kl), kl and kl_exact (nats) per response;
-    reward_std and kl_std among responses; entropy (nats) and perplexity under the reference per token;
-    response_length (tokens); eos_rate; frac_identical_pairs, of the pairs of responses to a prompt."""
-    mask, tokens = batch["response_mask"], batch["response_mask"].sum()
-    reward, kl = batch["score"], (batch["logp_old_tok"] - batch["logp_ref_tok"]).sum(1)  # (N,) each
-    metrics = {"reward": reward.mean(), "objective": reward.mean() - beta * kl.mean(), "kl": kl.mean()}
-    metrics |= {"reward_std": reward.std(correction=0), "kl_std": kl.std(correction=0)}
-    metrics["kl_exact"] = batch["kl_tok"].sum(1).mean()
-    metrics["entropy"] = batch["entropy_tok"].sum() / tokens
-    metrics["perplexity"] = (-batch["logp_ref_tok"].sum() / tokens).exp()
-    metrics |= {"response_length": tokens / len(mask), "eos_rate": batch["ended"].float().mean()}
-    if num_responses > 1:
-        ids = batch["response_ids"].masked_fill(~mask, -1).unflatten(0, (-1, num_responses))  # (B, K, R)
-        i, j = torch.triu_indices(num_responses, num_responses, offset=1)
-        metrics["frac_identical_pairs"] = (ids[:, i] == ids[:, j]).all(-1).float().mean()
-    return {name: value.item() for name, value in metrics.items()}
+def batch_metrics(batches):
+    """Means over scored batches. KL (nats per response) and entropy (nats per token) are sample estimates."""
+    parts = []
+    for batch in batches:
+        old, ref = batch["logp_old_tok"].sum(1), batch["logp_ref_tok"].sum(1)
+        parts.append(torch.stack([batch["score"], old, ref, batch["response_mask"].sum(1), batch["ended"]]))
+    score, logp_old, logp_ref, length, ended = torch.cat(parts, 1).mean(1).tolist()  # parts: (5, N) each
+    metrics = {"reward": score, "kl": logp_old - logp_ref, "entropy": -logp_old / length}
+    return metrics | {"response_length": length, "eos_rate": ended}
 
 
-def cost_metrics(batch, clock):
-    """Seconds of each phase, from the clock around them; tokens per second; the GPU's peak memory."""
-    phases = zip(("seconds_rollout", "seconds_score", "seconds_update"), clock, clock[1:])
-    metrics = {name: end - start for name, start, end in phases}
-    mask = batch["response_mask"]
-    metrics["tokens_per_second"] = mask.sum().item() / (clock[-1] - clock[0])
-    peak = torch.cuda.max_memory_allocated(mask.device) if mask.is_cuda else 0
-    return metrics | {"peak_memory_gb": peak / 1e9}
-
-
-def evaluate(step, models, held_out, tokenizer, args):
-    """eval_ metrics on held-out prompts, always with the same seed; the texts go to samples_STEP.jsonl."""
+def evaluate(step, policy, reference, reward_function, held_out, tokenizer, args):
+    """Metrics on the held-out prompts, always with the same seed. Writes the texts to samples_STEP.jsonl."""
     torch.manual_seed(args.seed * 10**6)
-    batch = sample_batch(models[0], held_out, 1, tokenizer, args)
-    batch = score_batch(batch, models, args.micro_batch_size, args)
-    samples = zip(batch["prompt"], batch["response"], batch["score"].tolist())
-    rows = [{"step": step, "prompt": x, "response": y, "reward": r} for x, y, r in samples]
-    Path(args.output_dir, f"samples_{step}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    metrics = {f"eval_{name}": value for name, value in batch_metrics(batch, 1, args.beta).items()}
-    reached = f"reward {metrics['eval_reward']:.3f}, KL {metrics['eval_kl']:.2f} nats/response"
-    tqdm.write(f"step {step}: {reached}, {metrics['eval_response_length']:.1f} tokens, on held-out prompts")
+    batches, folder = [], Path(args.output_dir)
+    for rows in (held_out[first : first + 128] for first in range(0, len(held_out), 128)):
+        batches.append(sample_batch(policy, rows, 1, tokenizer, args))
+        score_batch(batches[-1], policy, reference, reward_function, args)
+    texts = [row for b in batches for row in zip(b["prompt"], b["response"], b["score"].tolist())]
+    lines = [json.dumps(dict(zip(("prompt", "response", "reward"), row))) + "\n" for row in texts]
+    (folder / f"samples_{step}.jsonl").write_text("".join(lines))
+    metrics = {f"eval_{name}": value for name, value in batch_metrics(batches).items()}
+    log = (folder / "metrics.jsonl").read_text().splitlines()
+    start = json.loads(log[0]) if log else metrics  # at step 0 the policy is the SFT model
+    metrics["eval_gain"] = metrics["eval_reward"] - start["eval_reward"]
+    text = "gain {eval_gain:.2f} over the SFT model, reward {eval_reward:.3f} at KL {eval_kl:.2f} nats"
+    tqdm.write(f"{folder}, step {step}: {text.format(**metrics)}/response on held-out prompts")
     return metrics
 
 
 # ------------------------------------------------------------------------------- the run folder and failures
-MAY_CHANGE = "steps", "save_every", "micro_batch_size", "device", "resume", "overwrite"  # on --resume
-stop_signals = []
-
-
-def require(condition, message, status=2):
-    """If it does not hold, ends the run in one line: what is wrong; what to do. Status 2: input, 1: run."""
-    if not condition:
-        message = "".join(c if c.isprintable() else "?" for c in message)  # no text may drive the terminal
-        print(f"error: {message}", file=sys.stderr)
-        sys.exit(status)
-
-
-@contextmanager
-def explained(wrong, todo, status=2):
-    """Whatever is raised inside ends the run in one line: each library raises kinds of its own."""
-    try:
-        yield
-    except Exception as error:
-        reason = (str(error.__cause__ or error).strip() or type(error).__name__).splitlines()[0][:200]
-        require(False, f"{wrong} ({reason}); {todo}", status)
-
-
 def check_args(args, may_be_zero):
-    """Numbers in range, an output folder that is free or holds a run to go on with; sets the device."""
+    """Checks that numbers are in range and that the output folder is free or holds a run to go on with."""
+    check(os.environ.get("WORLD_SIZE", "1") == "1", "this script is one process; see examples/ for several")
+    folder = Path(args.output_dir)
     for name, value in vars(args).items():
-        zero = name in may_be_zero.split()
-        good = type(value) not in (int, float) or 0 < value <= 1e9 or (value == 0 and zero)
-        need = "at least 0" if zero else "above 0"
-        require(good, f"--{name} {value} is out of range; give {need}, up to 1e9")
-    args.device = args.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
-    folder, todo = Path(args.output_dir), "choose another --output_dir"
-    is_run = (folder / "args.json").exists()
-    require(is_run or not any(folder.glob("*")), f"{folder} holds files but no run; {todo}")
-    require(is_run or not args.resume, f"{folder} holds no run; leave out --resume")
-    clear = not is_run or args.resume != args.overwrite
-    require(clear, f"{folder} holds a run; give either --resume or --overwrite, or {todo}")
-    for name in [name for name in ("model", "reward_model", "dataset") if hasattr(args, name)]:
-        inside = Path(getattr(args, name)).resolve().is_relative_to(folder.resolve())
-        require(not inside, f"--output_dir {folder} holds the input --{name}; {todo}")
+        in_range = type(value) not in (int, float) or value > 0 or (value == 0 and name in may_be_zero)
+        check(in_range, f"--{name} {value} is out of range; give a larger number")
+        names_input = name in ("model", "reward_model", "dataset") and value
+        inside = names_input and Path(value).resolve().is_relative_to(folder.resolve())
+        check(not inside, f"--{name} lies inside --output_dir; give another --output_dir")
+    check(folder.is_dir() or not os.path.lexists(folder), f"{folder} is no folder; give another --output_dir")
+    is_run = (folder / "args.json").exists() and args.resume != args.overwrite
+    free = is_run or not any(folder.glob("*"))
+    check(free, f"{folder} is not empty; --resume or --overwrite its run, or give another --output_dir")
 
 
-def open_run(args, parts):
-    """Makes the folder, or on --resume cuts its log back and loads the parts; takes over the signals.
-
-    parts: {name: what has a state_dict}. Returns the steps done and the metrics of the last, or 0 and {}.
-    """
-    folder, path = Path(args.output_dir), Path(args.output_dir, "checkpoint.pt")
-    checkpoint = {"step": 0, "metrics": {}, "log_size": 0}
-    if args.resume and path.exists():
-        with explained(f"cannot resume from {path}", "start again with --overwrite"):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-            done, before = checkpoint["step"], checkpoint["args"]
-            for name in [name for name in vars(args) if name not in MAY_CHANGE]:
-                was, now = before.get(name), getattr(args, name)
-                require(was == now, f"--{name} was {was} and is now {now}; only {MAY_CHANGE[:4]} may change")
-            fits = done < args.steps or done == args.steps == before["steps"]
-            require(fits, f"{folder} has done {done} of {args.steps} steps; raise --steps")
-            for name, part in parts.items():
-                part.load_state_dict(checkpoint["parts"][name])
-    with explained(f"cannot write to {folder}", "choose another --output_dir"):
-        folder.mkdir(parents=True, exist_ok=True)
-        if not checkpoint["metrics"]:  # no model and no text of an old run is taken for this one's
-            for file in (path, folder / "config.json", *folder.glob("samples_*.jsonl")):
-                file.unlink(missing_ok=True)
-        (folder / "args.json").write_text(json.dumps({"args": vars(args)}, indent=2))
-        with open(folder / "metrics.jsonl", "a") as log:
-            log.truncate(min(log.tell(), checkpoint["log_size"]))
-    signal.signal(signal.SIGINT, on_signal)
-    signal.signal(signal.SIGTERM, on_signal)
-    return checkpoint["step"], checkpoint["metrics"]
+def open_run(model, optimizer, args):
+    """Claims the output folder. Returns the checkpoint to --resume from, or a new one whose step is -1."""
+    folder, checkpoint = Path(args.output_dir), {"step": -1, "log_size": 0}
+    if args.resume and (folder / "checkpoint.pt").exists():
+        checkpoint = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+        may_change = "output_dir steps save_every micro_batch_size device resume overwrite".split()
+        for name in vars(args).keys() - may_change:
+            before, now = str(checkpoint["args"].get(name)), str(getattr(args, name))
+            unchanged = os.path.realpath(before) == os.path.realpath(now)  # out/sft is ./out/sft
+            check(unchanged, f"--{name} was {before} and is now {now}; --resume cannot change it")
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+    folder.mkdir(parents=True, exist_ok=True)
+    begun = (folder / "args.json").exists() and not (args.resume or args.overwrite)
+    check(not begun, f"another run has just begun in {folder}; give another --output_dir")
+    with open(folder / "args.json", "w" if args.resume or args.overwrite else "x") as file:
+        json.dump({"args": vars(args)}, file, indent=2)
+    old_files = [] if checkpoint["step"] >= 0 else ["checkpoint.pt", "config.json", "samples_*.jsonl"]
+    for pattern in [*old_files, "**/.tmp*"]:  # a kill while safetensors writes leaves .tmp files
+        for file in folder.glob(pattern):
+            file.unlink()
+    with open(folder / "metrics.jsonl", "a") as log:
+        log.truncate(checkpoint["log_size"])  # drops the steps after the checkpoint, which will be done again
+    return checkpoint
 
 
-def on_signal(number, frame):
-    """Lets the step finish and save, and says so at once; the same signal again ends at once."""
-    stop_signals.append(number)
-    signal.signal(number, signal.SIG_DFL)
-    os.write(2, b"stopping after this step, which will be saved\n")  # print could be what was interrupted
-
-
-def end_step(args, step, metrics, parts, tokenizer):
-    """Logs a step; saves when due, after the last, or when a signal asks to stop, and then exits.
-
-    parts: as in open_run; the models among them are exported to the subfolders they are named by.
-    """
-    folder, stop = Path(args.output_dir), list(stop_signals)  # later signals wait for the next step
-    due = args.save_every and step > 0 and step % args.save_every == 0
-    with explained(f"cannot save step {step}", "make room, then --resume from the last checkpoint", 1):
-        with open(folder / "metrics.jsonl", "a") as log:
-            log.write(json.dumps({"step": step} | metrics) + "\n")
-        if due or stop or step == args.steps:
-            state = {"step": step, "metrics": metrics, "args": vars(args)}
-            state["log_size"] = (folder / "metrics.jsonl").stat().st_size
-            state["parts"] = {name: part.state_dict() for name, part in parts.items()}
-            for name in [x for x, part in parts.items() if isinstance(part, transformers.PreTrainedModel)]:
-                parts[name].save_pretrained(folder / name)
-                tokenizer.save_pretrained(folder / name)
-            torch.save(state, folder / "checkpoint.pt.new")
-            os.replace(folder / "checkpoint.pt.new", folder / "checkpoint.pt")  # last: now the rest is whole
-    if stop:
-        print(f"stopped after step {step} of {args.steps} and saved; go on with --resume", file=sys.stderr)
-        sys.exit(128 + stop[0])
-
-
-def guard(main, args_class):
-    """Command line -> main(args). What a user can mend ends the run in one line, not in a traceback."""
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(60)  # above CRITICAL: what it reports as errors, we raise
-    with explained("cannot read the command line", "see --help"):
-        parser = transformers.HfArgumentParser(args_class, allow_abbrev=False, exit_on_error=False)
-        (args,) = parser.parse_args_into_dataclasses(look_for_args_file=False)
-    try:
-        main(args)
-    except KeyboardInterrupt:
-        require(False, "interrupted; what was saved is kept", 130)
-    except torch.OutOfMemoryError:
-        require(False, "out of memory; lower --micro_batch_size, which may change on --resume, or lengths", 1)
+def save(step, model, optimizer, tokenizer, args, **more):
+    """Exports the model for from_pretrained, then replaces the checkpoint in one move."""
+    folder = Path(args.output_dir)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    checkpoint = {"step": step, "args": vars(args), "log_size": (folder / "metrics.jsonl").stat().st_size}
+    checkpoint |= {"model": model.state_dict(), "optimizer": optimizer.state_dict(), **more}
+    torch.save(checkpoint, folder / "checkpoint.pt.new")
+    os.replace(folder / "checkpoint.pt.new", folder / "checkpoint.pt")
 
 
 # ------------------------------------------------------------------------------------------------------ main
-def estimate_advantages(critic, batch, score, beta, args):
-    """Adds value_old_tok, advantages and returns, (N, R), to the batch. Returns statistics over its tokens.
-
-    advantage_mean, advantage_std: before whitening. explained_variance: share that V foresaw of the variance
-    of the rewards still to come, discounted.
-    """
-    mask, size, values = batch["response_mask"], args.micro_batch_size * args.num_responses, []
-    with torch.no_grad(), autocast(args):
-        for first in range(0, len(mask), size):
-            values.append(read_values(critic, *(batch[x][first : first + size] for x in TOKENS)))
-    value = torch.cat(values)  # (N, R)
-    reward_tok = token_rewards(score, batch["logp_old_tok"], batch["logp_ref_tok"], mask, beta)
-    advantages, returns = gae(reward_tok, value, mask, args.gamma, args.lam)
-    still_to_come = gae(reward_tok, value, mask, args.gamma, 1.0)[1]  # unlike the returns, free of V
-    variance = masked_variance(still_to_come, mask).clamp(min=1e-12)
-    unexplained = masked_variance(still_to_come - value, mask) / variance
-    metrics = {"advantage_mean": masked_mean(advantages, mask), "explained_variance": 1 - unexplained}
-    metrics["advantage_std"] = masked_variance(advantages, mask).sqrt()
-    if args.whiten_advantages:
-        advantages = masked_whiten(advantages, mask)
-    if args.advantage_clip:
-        advantages = advantages.clamp(-args.advantage_clip, args.advantage_clip)
-    batch |= {"value_old_tok": value, "advantages": advantages.float(), "returns": returns.float()}
-    return {name: x.item() for name, x in metrics.items()}
-
-
-def losses(policy, critic, batch, rows, resting, args):
-    """Loss of the policy, loss of the critic, and stats, all means over the tokens of these rows."""
-    tokens, value_clip = [batch[x][rows] for x in TOKENS], args.value_clip_range or None
-    mask, old, advantages = (batch[x][rows] for x in ("response_mask", "logp_old_tok", "advantages"))
+def policy_and_value_loss(policy, critic, batch, rows, args):
+    """Returns the sum of both losses, each a mean over the response tokens of these rows, and stats."""
+    tokens, entropy = token_rows(batch, rows), 0.0
     with autocast(args):
-        with torch.set_grad_enabled(not resting):
-            distributions = response_distributions(policy, *tokens, args.temperature)  # (n, R, V)
-        value = read_values(critic, *tokens)
-    new = distributions.gather(-1, batch["response_ids"][rows].unsqueeze(-1)).squeeze(-1)
+        logp_new = response_logps(policy, **tokens, temperature=args.temperature)
+        value_new = read_values(critic, **tokens)
+        if args.entropy_coef > 0:
+            entropy = response_entropy(policy, **tokens, temperature=args.temperature)
+    names = "logp_old_tok", "advantages", "value_old_tok", "returns", "response_mask"
+    logp_old, advantages, value_old, returns, mask = (batch[name][rows] for name in names)
     if args.policy_loss == "clip":
-        loss, stats = ppo_clip_loss(new, old, advantages, mask, args.clip_range)
+        policy_loss, stats = ppo_clip_loss(logp_new, logp_old, advantages, mask, args.clip_range)
     else:
-        loss, stats = ppo_penalty_loss(new, old, advantages, mask, args.penalty_coef)
-    if args.entropy_coef:
-        entropy = -(distributions.exp() * distributions).sum(-1)
-        loss = loss - args.entropy_coef * masked_mean(entropy, mask)
-    critic_loss = value_loss(value, batch["value_old_tok"][rows], batch["returns"][rows], mask, value_clip)
-    return loss, critic_loss, stats | {"loss": loss.item(), "value_loss": critic_loss.item()}
+        policy_loss, stats = ppo_penalty_loss(logp_new, logp_old, advantages, mask, args.penalty_coef)
+    policy_loss = policy_loss - args.entropy_coef * entropy
+    critic_loss = value_loss(value_new, value_old, returns, mask, args.value_clip_range)
+    return policy_loss + critic_loss, stats | {"loss": policy_loss.item(), "value_loss": critic_loss.item()}
 
 
-def backward_demonstrations(policy, examples, tokenizer, args):
-    """Adds the gradient of -ptx_coef E log pi(y_t | x, y_<t) on demonstrations. Returns E, nats per token."""
-    tokens, total = sum(len(e["response_ids"][0]) for e in examples), 0.0
-    for first in range(0, len(examples), args.micro_batch_size):
-        micro = examples[first : first + args.micro_batch_size]
-        prompts = pad([e["prompt_ids"] for e in micro], "left", tokenizer, args.device)
-        responses = pad([e["response_ids"][0] for e in micro], "right", tokenizer, args.device)
+def backward_demonstrations(policy, rows, tokenizer, args):
+    """Adds the gradient of -ptx_coef E log pi(y_t | x, y_<t). Returns the mean E in nats per token."""
+    texts = [row["prompt_ids"] for row in rows], [row["response_ids"][0] for row in rows]
+    batch, mean_logp = pad_rows(*texts, tokenizer, args), 0.0
+    for part in torch.arange(len(rows)).split(args.micro_batch_size):
         with autocast(args):
-            mean_logp = response_logps(policy, *prompts, *responses, args.temperature).sum() / tokens
-        (-args.ptx_coef * mean_logp).backward()
-        total += mean_logp.item()
-    return total
+            logp = response_logps(policy, **token_rows(batch, part), temperature=args.temperature)
+        share = logp.sum() / batch["response_mask"].sum()
+        if share.requires_grad:  # which is not so while only the critic learns
+            (-args.ptx_coef * share).backward()
+        mean_logp += share.item()
+    return mean_logp
 
 
-def update_models(models, optimizers, batch, minibatch, demonstrations, step, tokenizer, args):
-    """An optimizer step of policy and critic on a minibatch of prompts, each with its K responses.
+def update_models(policy, critic, optimizer, batch, minibatch, ptx_rows, tokenizer, args):
+    """One optimizer step of both models on a minibatch of prompts, each with its K responses.
 
     Micro-batches weigh as much as they have tokens, so that they add up to the gradient of the minibatch.
     """
-    K, total, largest = args.num_responses, defaultdict(float), 0.0
-    resting = step <= args.critic_warmup_steps  # critic pretraining: no gradient of the policy
-    tokens = batch["response_mask"].unflatten(0, (-1, K))[minibatch].sum()
+    K, metrics = args.num_responses, {"log_ratio_max": 0.0}
+    num_tokens = batch["response_mask"].unflatten(0, (-1, K))[minibatch].sum()
     for prompts in minibatch.split(args.micro_batch_size):
-        rows = (prompts.unsqueeze(1) * K + torch.arange(K)).flatten()
-        share = (batch["response_mask"][rows].sum() / tokens).item()
-        loss, critic_loss, stats = losses(*models, batch, rows, resting, args)
-        ((loss + critic_loss) * share).backward()
-        largest = max(largest, stats["log_ratio_max"])
-        for name, value in stats.items():
-            total[name] += value * share
-    total["log_ratio_max"] = largest
-    if args.ptx_coef:
-        examples = [demonstrations[row] for row in torch.randint(len(demonstrations), (len(minibatch),))]
-        if not resting:  # the examples are drawn in any case: the random numbers behind them stay the same
-            total["ptx_logp"] = backward_demonstrations(models[0], examples, tokenizer, args)
-    norms = [torch.nn.utils.clip_grad_norm_(m.parameters(), args.max_grad_norm).item() for m in models]
-    total["grad_norm"], total["critic_grad_norm"] = norms
-    finite = math.isfinite(total["loss"] + total["value_loss"] + sum(norms))  # before it reaches the weights
-    todo = f"lower --learning_rate in a new run; the last checkpoint, if any, in {args.output_dir} is good"
-    require(finite, f"step {step} is not finite, {dict(total)}; {todo}", 1)
-    for optimizer in optimizers:  # where there is no gradient it leaves the weights alone
-        optimizer.step()
-        optimizer.zero_grad()
-    return total
+        rows = (prompts.unsqueeze(1) * K + torch.arange(K)).flatten()  # all K rows of each prompt
+        share = (batch["response_mask"][rows].sum() / num_tokens).item()
+        loss, stats = policy_and_value_loss(policy, critic, batch, rows, args)
+        (loss * share).backward()
+        log_ratio_max = max(metrics["log_ratio_max"], stats["log_ratio_max"])
+        metrics = {name: metrics.get(name, 0.0) + stats[name] * share for name in stats}
+        metrics["log_ratio_max"] = log_ratio_max
+    if args.ptx_coef > 0:
+        rows = [ptx_rows[number] for number in torch.randint(len(ptx_rows), (len(minibatch),))]
+        metrics["ptx_logp"] = backward_demonstrations(policy, rows, tokenizer, args)
+    for name, model in (("grad_norm", policy), ("critic_grad_norm", critic)):
+        metrics[name] = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm).item()
+    finite = math.isfinite(sum(metrics.values()))
+    check(finite, "a loss or its gradient is not finite; start again with lower learning rates")
+    optimizer.step()
+    optimizer.zero_grad()
+    return metrics
+
+
+def train_step(step, beta, models, critic, optimizer, normalizer, prompts, ptx_rows, offset, tokenizer, args):
+    """One iteration of PPO. Returns its metrics."""
+    policy, reference, reward = models
+    start, B, K = time.perf_counter(), args.prompts_per_step, args.num_responses
+    torch.manual_seed(args.seed * 10**6 + step)  # so that a resumed run draws the same numbers
+    for group, rate in zip(optimizer.param_groups, (args.learning_rate, args.critic_learning_rate)):
+        group["lr"] = rate * (1 - (step - 1) / args.steps)
+    policy.requires_grad_(step > args.critic_warmup_steps)  # until then, only the critic learns
+    # 1. Sample K responses to each of B prompts from pi_old, which is the present policy.
+    numbers = data_order(len(prompts), B, step, args.seed)
+    batch = sample_batch(policy, [prompts[number] for number in numbers], K, tokenizer, args)
+    # 2. Compute the token rewards, values, advantages and returns.
+    score_batch(batch, policy, reference, reward, args)
+    score = normalizer((batch["score"].view(B, K) + offset[numbers]).flatten())  # (N,)
+    with torch.no_grad(), autocast(args):
+        parts = [token_rows(batch, rows) for rows in torch.arange(B * K).split(args.micro_batch_size * K)]
+        value = torch.cat([read_values(critic, **part) for part in parts])  # (N, R)
+    mask = batch["response_mask"]
+    reward_tok = token_rewards(score, batch["logp_old_tok"], batch["logp_ref_tok"], mask, beta)
+    advantages, returns = gae(reward_tok, value, mask, args.gamma, args.lam)
+    _, monte_carlo_returns = gae(reward_tok, value, mask, args.gamma, 1.0)  # they do not depend on the values
+    metrics = batch_metrics([batch]) | {"beta": beta, "advantage_mean": advantages[mask].mean().item()}
+    metrics["advantage_std"] = advantages[mask].std(correction=0).item()
+    errors, variance = (monte_carlo_returns - value)[mask], monte_carlo_returns[mask].var(correction=0)
+    metrics["explained_variance"] = 1 - (errors.var(correction=0) / variance.clamp(min=1e-12)).item()
+    if args.whiten_advantages:
+        advantages = masked_whiten(advantages, mask)
+    if args.advantage_clip is not None:
+        advantages = advantages.clamp(-args.advantage_clip, args.advantage_clip)
+    batch |= {"value_old_tok": value, "advantages": advantages.float(), "returns": returns.float()}
+    # 3. Maximize the clipped objective and fit the critic to the returns for some epochs of minibatches.
+    updates, data = [], (ptx_rows, tokenizer, args)
+    for _ in range(args.epochs):
+        for minibatch in torch.randperm(B).split(args.minibatch_size):
+            updates.append(update_models(policy, critic, optimizer, batch, minibatch, *data))
+    # 4. Report the means.
+    metrics |= {name: sum(update[name] for update in updates) / len(updates) for name in updates[0]}
+    metrics["log_ratio_max"] = max(update["log_ratio_max"] for update in updates)
+    return metrics | {"seconds": time.perf_counter() - start}
+
+
+def parse_args(argv=None):
+    """Reads the command line. A preset changes the defaults, so that flags that the user gives win."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = transformers.HfArgumentParser(Args, usage="python ppo.py [--flag value ...]", allow_abbrev=False)
+    known, _ = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])
+    parser.set_defaults(**PRESETS[known.preset])
+    return Args(**vars(parser.parse_args(argv)))
 
 
 def main(args):
-    for name, value in PRESETS[args.preset].items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    may_be_zero = "beta lam penalty_coef value_clip_range reward_clip advantage_clip entropy_coef ptx_coef "
-    may_be_zero += "critic_warmup_steps reward_shift missing_eos_penalty "
-    check_args(args, may_be_zero + "seed micro_batch_size eval_every save_every")
-    B, K = args.prompts_per_step, args.num_responses
-    args.micro_batch_size = args.micro_batch_size or args.minibatch_size
-    require(B % args.minibatch_size == 0, "--minibatch_size does not divide --prompts_per_step; alter it")
-    require(args.gamma <= 1 and args.lam <= 1, "--gamma or --lam is above 1; give 0 to 1")
-    both = args.normalize_reward and args.scale_reward
-    require(not both, "--normalize_reward already scales; leave out --scale_reward")
-    tokenizer = load_tokenizer(args.model)
-    prompts = read_rows(args.dataset, ["train"], [], tokenizer, args)
-    held_out = read_rows(args.dataset, ["validation", "test"], [], tokenizer, args, args.eval_prompts)
-    demonstrations = args.ptx_coef and read_rows(args.ptx_dataset, ["train"], ["completion"], tokenizer, args)
-    policy, reference = (load_model(AutoModelForCausalLM, args.model, tokenizer, args) for _ in range(2))
-    models = policy, reference.requires_grad_(False), load_reward(tokenizer, args)
-    critic = load_critic(tokenizer, args)
-    scaled = args.normalize_reward or args.scale_reward
-    normalizer = RunningNormalizer(args.normalize_reward, scaled, args.reward_clip or None)
-    # delta(x) of --reward_shift, in multiples of 1/256: float64 adds it without rounding a difference.
-    delta = torch.randn(len(prompts), 1, generator=torch.Generator().manual_seed(0)).double()
-    delta = ((args.reward_shift * delta * 256).round() / 256).to(args.device)  # (rows, 1)
-    settings = {"betas": (0.9, 0.95), "eps": 1e-5, "fused": True}
-    trained, rates = (policy, critic), (args.learning_rate, args.critic_learning_rate)
-    optimizers = [torch.optim.Adam(m.parameters(), lr, **settings) for m, lr in zip(trained, rates)]
-    parts = {"": policy, "critic": critic, "optimizer": optimizers[0], "critic_optimizer": optimizers[1]}
-    parts, start = parts | {"normalizer": normalizer}, time.perf_counter()
-    done, metrics = open_run(args, parts)
-    if not metrics:
-        metrics = evaluate(0, models, held_out, tokenizer, args)
-        end_step(args, 0, metrics, parts, tokenizer)
-
-    bar = tqdm(range(done + 1, args.steps + 1), "ppo", args.steps, initial=done, disable=None)
-    for step in bar:
-        torch.manual_seed(args.seed * 10**6 + step)  # every step draws afresh: no random state to save
-        for optimizer, rate in zip(optimizers, rates):
-            optimizer.param_groups[0]["lr"] = rate * (1 - (step - 1) / args.steps)
-        # 1. Sample K responses to each of B prompts from pi_old.
-        clock = [time.perf_counter()]
-        numbers = data_order(len(prompts), B, step, args.seed)
-        batch = sample_batch(policy, [prompts[number] for number in numbers], K, tokenizer, args)
-        clock.append(time.perf_counter())
-        # 2. Score them. Token rewards from the (normalised) scores and the KL; values; advantages, returns.
-        batch = score_batch(batch, models, args.micro_batch_size * K, args)
-        beta = metrics.get("beta", args.beta)  # metrics: still of the step before
-        if args.kl_target and step > args.critic_warmup_steps + 1:
-            beta = adaptive_beta(beta, metrics["kl_exact"], args.kl_target, args.kl_horizon, B * K)
-        metrics = batch_metrics(batch, K, args.beta) | {"beta": beta}
-        score = normalizer((batch["score"].view(B, K) + delta[numbers]).flatten())  # (N,)
-        metrics |= estimate_advantages(critic, batch, score, beta, args)
-        clock.append(time.perf_counter())
-        # 3. Climb the PPO objective and fit the critic to the returns: epochs of minibatches.
-        updates = []
-        for _ in range(args.epochs):
-            for minibatch in torch.randperm(B).split(args.minibatch_size):
-                settings = batch, minibatch, demonstrations, step, tokenizer, args
-                updates.append(update_models(trained, optimizers, *settings))
-        clock.append(time.perf_counter())
-        # 4. Log, evaluate, save; pi_old is now the policy just trained.
-        metrics |= {name: sum(u[name] for u in updates) / len(updates) for name in updates[0]}
-        metrics["log_ratio_max"] = max(u["log_ratio_max"] for u in updates)
-        metrics["log_ratio_first"] = updates[0]["log_ratio_max"]  # 0 up to rounding: nothing was updated yet
-        metrics |= cost_metrics(batch, clock)
-        bar.set_postfix(reward=f"{metrics['reward']:.3f}", kl=f"{metrics['kl']:.2f}")
-        if step == args.steps or (args.eval_every and step % args.eval_every == 0):
-            metrics |= evaluate(step, models, held_out, tokenizer, args)
-        end_step(args, step, metrics, parts, tokenizer)
-    reached = f"reward {metrics['eval_reward']:.3f} at KL {metrics['eval_kl']:.2f} nats/response"
-    minutes = (time.perf_counter() - start) / 60
-    print(f"{args.output_dir}: {reached} on held-out prompts; {args.steps} steps, {minutes:.1f} minutes")
+    may_be_zero = "seed beta lam penalty_coef critic_warmup_steps entropy_coef ptx_coef reward_shift"
+    check_args(args, may_be_zero.split() + ["missing_eos_penalty"])
+    check(args.gamma <= 1 and args.lam <= 1, "--gamma and --lam must be at most 1")
+    check(args.prompts_per_step % args.minibatch_size == 0, "--minibatch_size must divide --prompts_per_step")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    torch.backends.cuda.matmul.fp32_precision = "tf32"  # several times as fast, and precise enough
+    torch.backends.cuda.enable_cudnn_sdp(False)  # its attention has given NaN gradients for padded rows
+    try:
+        tokenizer = load_tokenizer(args)
+        prompts = read_rows(args.dataset, ["train"], [], tokenizer, args)
+        held_out = read_rows(args.dataset, ["validation", "test"], [], tokenizer, args)[: args.eval_prompts]
+        ptx = args.ptx_coef > 0
+        ptx_rows = read_rows(args.ptx_dataset, ["train"], ["completion"], tokenizer, args) if ptx else []
+        policy, reference = (load_model(AutoModelForCausalLM, args.model, tokenizer, args) for _ in range(2))
+        models = policy, reference.requires_grad_(False), load_reward(tokenizer, args)
+        critic = load_critic(tokenizer, args)
+    except OSError as error:
+        sys.exit(f"error: {str(error).splitlines()[0]}; run the stages before, or give other names")
+    sampling = {"do_sample": True, "temperature": args.temperature, "top_k": 0, "top_p": 1.0}
+    sampling |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    policy.generation_config = transformers.GenerationConfig(**sampling, max_new_tokens=args.response_length)
+    groups = [{"params": model.parameters()} for model in (policy, critic)]  # each has its learning rate
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), eps=1e-5, fused=True)
+    scale = args.normalize_reward or args.scale_reward
+    normalizer = RunningNormalizer(args.normalize_reward, scale, args.reward_clip)
+    offset = args.reward_shift * torch.randn(len(prompts), 1, generator=torch.Generator().manual_seed(0))
+    offset = ((256 * offset).round() / 256).double().to(args.device)  # multiples of 1/256 are added exactly
+    checkpoint = open_run(policy, optimizer, args)
+    critic.load_state_dict(checkpoint.get("critic", critic.state_dict()))
+    normalizer.load_state_dict(checkpoint.get("normalizer", normalizer.state_dict()))
+    beta, first_step = checkpoint.get("beta", args.beta), checkpoint["step"] + 1
+    trained, data = (critic, optimizer, normalizer), (prompts, ptx_rows, offset)
+    bar = tqdm(range(first_step, args.steps + 1), "ppo", args.steps + 1, initial=first_step, disable=None)
+    for step in bar:  # step 0 only evaluates and saves the SFT model
+        metrics = train_step(step, beta, models, *trained, *data, tokenizer, args) if step > 0 else {}
+        if args.kl_target and step > args.critic_warmup_steps:
+            num_rows = args.prompts_per_step * args.num_responses
+            beta = adaptive_beta(beta, metrics["kl"], args.kl_target, args.kl_horizon, num_rows)
+        if step % args.eval_every == 0 or step == args.steps:
+            metrics |= evaluate(step, *models, held_out, tokenizer, args)
+        bar.set_postfix({name: f"{metrics[name]:.3f}" for name in ("reward", "kl") if name in metrics})
+        with open(Path(args.output_dir, "metrics.jsonl"), "a") as log:
+            log.write(json.dumps({"step": step, **metrics}) + "\n")
+        if step % args.save_every == 0 or step == args.steps:
+            for part in (critic, tokenizer):
+                part.save_pretrained(Path(args.output_dir, "critic"))
+            state = {"critic": critic.state_dict(), "normalizer": normalizer.state_dict(), "beta": beta}
+            save(step, policy, optimizer, tokenizer, args, **state)
 
 
 if __name__ == "__main__":
-    guard(main, Args)
+    main(parse_args())

@@ -5,7 +5,7 @@
 takes a few seconds on one CPU core and downloads nothing; its last line:
     wrote model and rows (19000 sft, 22000 preferences, 2816 prompts) to data/toy (seed 0)
 
-model/                                      a tokenizer, the config of a 0.4M-parameter GPT-2, no weights
+model/                                      a tokenizer and an untrained GPT-2 of 0.4M parameters
 sft/{train,validation,test}.jsonl           {"prompt", "completion"}
 preferences/{train,validation,test}.jsonl   {"prompt", "chosen", "rejected"}
 prompts/{train,validation,test}.jsonl       {"prompt"}
@@ -32,15 +32,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import NormalDist
 
+import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import GPT2Config, HfArgumentParser, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, HfArgumentParser, PreTrainedTokenizerFast, logging
 
 
 @dataclass
 class Args:
-    output_dir: str = field(default="data/toy", metadata={"help": "folder to write"})
-    seed: int = field(default=0, metadata={"help": "seed of all random draws, 0 or more"})
-    overwrite: bool = field(default=False, metadata={"help": "replace a folder that toy.py wrote before"})
+    output_dir: str = field(default="data/toy", metadata={"help": "folder for the model and the rows"})
+    seed: int = field(default=0, metadata={"help": "seed of all random draws, at least 0"})
+    overwrite: bool = field(default=False, metadata={"help": "replace what toy.py wrote there before"})
 
 
 # The world and its gold reward
@@ -108,16 +109,16 @@ def quality(prompt: str, response: str) -> float:
     start = 0
     while start < len(words):
         stop = letters.find(".", start)
-        whole = stop > start and SENTENCE.fullmatch(letters, start, stop) is not None
+        complete = stop > start and SENTENCE.fullmatch(letters, start, stop) is not None
         stop = len(words) if stop < 0 else stop
-        broken += not whole
+        broken += not complete
         for i in range(start, stop):
             word = words[i]
             if word in said:
                 repeated += 1
             elif letters[i] in "NAV":
                 said.add(word)
-                if whole:
+                if complete:
                     named.add(word)
                     v += VALUE.get(word, 0.0) * MODIFIER.get(words[i - 1], 1.0)
         start = stop + 1
@@ -216,8 +217,8 @@ def make_rows(kind: str, requests: list[tuple], count: int, rng: random.Random) 
     return rows
 
 
-def make_model() -> tuple[PreTrainedTokenizerFast, GPT2Config]:
-    """The tokenizer, one token a word, and the config of the policy."""
+def make_model(seed: int) -> tuple[PreTrainedTokenizerFast, GPT2LMHeadModel]:
+    """The tokenizer, which has one token a word, and an untrained model with random weights."""
     texts = [" ".join(OPENINGS + ENDINGS).replace("{}", "")] + [" ".join(words) for words in CLASSES.values()]
     vocabulary = ["<pad>", "<eos>", "<unk>"] + sorted({word for text in texts for word in split_words(text)})
     words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
@@ -229,14 +230,16 @@ def make_model() -> tuple[PreTrainedTokenizerFast, GPT2Config]:
     sizes = dict(vocab_size=len(vocabulary), n_positions=64, n_embd=128, n_layer=2, n_head=4)
     dropouts = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, summary_first_dropout=0.0)
     ids = dict(pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None)
-    # With the default of 0.02 so narrow a model takes far longer to learn to copy from the prompt.
     fused = dict(activation_function="gelu_pytorch_tanh")  # GPT-2's own, in one operation for eight
-    return tokenizer, GPT2Config(**sizes, **dropouts, **ids, **fused, initializer_range=0.06)
+    # With the default range of 0.02, so narrow a model takes far longer to learn to copy from the prompt.
+    config = GPT2Config(**sizes, **dropouts, **ids, **fused, initializer_range=0.06)
+    torch.manual_seed(seed)
+    return tokenizer, GPT2LMHeadModel(config)
 
 
 def build(folder: Path, seed: int) -> None:
     """Writes every file of the task into an empty folder; args.json lists them."""
-    for part in make_model():
+    for part in make_model(seed):
         part.save_pretrained(folder / "model")
     asked = [(place, aspect) for place in PLACES for aspect in ASPECTS]
     templates = [f"{opening} {ending}" for opening in OPENINGS for ending in ENDINGS]
@@ -263,61 +266,62 @@ def list_files(folder: Path) -> set[str]:
 
 
 def read_written(folder: Path) -> dict:
-    """args.json of a folder that toy.py wrote and nobody added to; {} for any other folder."""
+    """Returns args.json of a folder in which toy.py wrote every file, and {} for any other folder."""
     try:
         written = json.loads((folder / "args.json").read_text())
-        return (
-            written if written["script"] == "toy.py" and list_files(folder) <= set(written["files"]) else {}
-        )
+        known = written["script"] == "toy.py" and list_files(folder) <= set(written["files"])
+        return written if known else {}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 
 
-def fail(message: str) -> None:
-    """Ends in one line on standard error and exit status 2."""
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
+def move_up(beside: Path) -> None:
+    """Moves all files of a folder to the folder above it, one by one, and args.json last.
+
+    An old or a new file stands in its place at every moment. After a kill, a second call moves the others.
+    """
+    for name in sorted(list_files(beside), key=lambda name: name == "args.json"):
+        target = beside.parent / name
+        target.parent.mkdir(exist_ok=True)
+        os.replace(beside / name, target)
+    shutil.rmtree(beside)
+
+
+def check(condition, message):
+    """Ends the program with a one-line error message if the condition does not hold."""
+    if not condition:
+        sys.exit(f"error: {message}")
 
 
 def main(args: Args) -> None:
-    if args.seed < 0:
-        fail(f"--seed is {args.seed}; give 0 or more")
-    folder = Path(args.output_dir).resolve()
-    found, written = list_files(folder), read_written(folder)
-    if folder.is_file() or (found and not written):
-        fail(f"{args.output_dir} holds files that toy.py did not write; choose another --output_dir")
-    if found and not args.overwrite:
-        if written["seed"] != args.seed or found != set(written["files"]):
-            fail(f"{args.output_dir} is incomplete or of another seed ({written['seed']}); add --overwrite")
-        print(f"nothing to do: {args.output_dir} already holds this data (seed {args.seed})")
-        return
-    beside = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    check(args.seed >= 0, f"--seed is {args.seed}; give 0 or more")
+    folder = Path(args.output_dir)
+    check(folder.is_dir() or not os.path.lexists(folder), f"{folder} is no folder; give another --output_dir")
+    beside = folder / ".toy.py_writes_here"
     try:
-        (beside / "new").mkdir(parents=True)
-        build(beside / "new", args.seed)
-        if written:
-            folder.rename(beside / "old")
-        elif folder.exists():
-            folder.rmdir()
-        (beside / "new").rename(folder)
-    except OSError as error:
-        fail(f"cannot write {args.output_dir} ({error.strerror}); choose another --output_dir")
-    finally:
+        if read_written(beside):  # a run was killed while it moved its files
+            move_up(beside)
         shutil.rmtree(beside, ignore_errors=True)
+        found, written = list_files(folder), read_written(folder)
+        check(
+            written or not found, f"{folder} holds files that toy.py did not write; give another --output_dir"
+        )
+        if found and not args.overwrite:
+            complete = written["seed"] == args.seed and found == set(written["files"])
+            check(complete, f"{folder} is incomplete or of another seed ({written['seed']}); add --overwrite")
+            print(f"nothing to do: {folder} already holds this data (seed {args.seed})")
+            return
+        logging.disable_progress_bar()  # transformers would show one for the model
+        build(beside, args.seed)
+        for name in found - list_files(beside):  # an older toy.py wrote them
+            (folder / name).unlink()
+        move_up(beside)
+    except OSError as error:
+        sys.exit(f"error: cannot write {folder} ({error.strerror}); give another --output_dir")
     rows = ", ".join(f"{sum(counts)} {kind}" for kind, counts in ROWS.items())
-    print(f"wrote model and rows ({rows}) to {args.output_dir} (seed {args.seed})")
-
-
-def parse_args(argv: list[str] | None = None) -> Args:
-    """The command line as Args; what it does not know ends in one line and exit status 2."""
-    parser = HfArgumentParser(Args, allow_abbrev=False)
-    parser.error = lambda message: fail(f"{message}; see --help")
-    options = dict(return_remaining_strings=True, look_for_args_file=False)
-    args, unknown = parser.parse_args_into_dataclasses(argv, **options)
-    if unknown:
-        fail(f"unknown arguments {' '.join(unknown)}; see --help")
-    return args
+    print(f"wrote model and rows ({rows}) to {folder} (seed {args.seed})")
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    parser = HfArgumentParser(Args, usage="python toy.py [--flag value ...]", allow_abbrev=False)
+    main(Args(**vars(parser.parse_args())))

@@ -1,25 +1,27 @@
-"""P3O on an engine that already shards, serves and adapts: the loss of p3o.py in TRL's RLOOTrainer.
+"""P3O in TRL's RLOOTrainer, which can shard the models, sample with vLLM and train LoRA adapters.
 
-    pip install -r requirements.txt -r examples/requirements.txt    then toy.py, sft.py and reward_model.py
-    python examples/p3o_with_trl.py                                 the embedded task, one process
+    pip install -r requirements.txt -r examples/requirements.txt    # then toy.py, sft.py and reward_model.py
+    python examples/p3o_with_trl.py                                 # the embedded task on one process
     accelerate launch --multi_gpu --num_processes 2 examples/p3o_with_trl.py --per_device_train_batch_size 32
-                                                                    DDP; with --use_cpu it needs no GPU
-    accelerate launch --config_file fsdp2.yaml examples/p3o_with_trl.py --bf16 true ...                 FSDP
-    accelerate launch --config_file zero3.yaml examples/p3o_with_trl.py --bf16 true ...                 ZeRO-3
-    ... --use_vllm --vllm_mode colocate                             generation by vLLM, on the same GPUs
-    ... --use_peft --lora_r 16                                      LoRA; the reference needs no memory then
+                                                                    # two processes; --use_cpu: without a GPU
+    accelerate launch --config_file fsdp2.yaml examples/p3o_with_trl.py --bf16 true ...   # FSDP
+    accelerate launch --config_file zero3.yaml examples/p3o_with_trl.py --bf16 true ...   # ZeRO-3
+    ... --use_vllm --vllm_mode colocate                             # vLLM samples on the same GPUs
+    ... --use_peft --lora_r 16                                      # LoRA; the reference needs no memory
 
-The .yaml files come with TRL, in trl/accelerate_configs. The defaults are p3o.py's, but that the learning
-rate falls at every optimizer step; the last line is p3o.py's: reward and KL on held-out prompts.
+The .yaml files are in TRL's folder accelerate_configs. The defaults are those of p3o.py, except that the
+learning rate falls at every optimizer step. The last line is like that of p3o.py.
 
-What P3O asks of a distributed trainer is little, and marked (1) to (3) below:
+P3O asks little of a trainer. The numbers mark the places below:
 
-(1) The K responses to a prompt meet in one micro-batch. RLOOTrainer shuffles and splits what it sampled along
-    the first dimension: make that the prompts, (B, K, ...) for (B * K, ...). A split pair ends the run.
-(2) Equal shares, and a loss that is a mean over prompts: gradients averaged over processes are the whole one.
-(3) No statistics over the batch: no normalisation, no whitening, no critic. R, with the KL under pi_old in it
-    as in the paper, comes as A, its lead over the mean of the others: A_i - A_j = (R_i - R_j) K / (K - 1).
-    P3O sees differences alone, so A (K - 1) / K is as good a reward as R.
+(1) The K responses to a prompt stay in one micro-batch. RLOOTrainer shuffles and splits what it has sampled
+    along the first dimension. So that dimension becomes the prompts: (B * K, ...) is reshaped to (B, K, ...).
+(2) The processes take equal shares, and the loss is a mean over prompts. The mean of their gradients is
+    therefore the gradient of the batch.
+(3) There are no statistics over the batch: no reward normalization, no whitening and no critic. The reward R
+    includes the KL under pi_old, as in the paper. RLOOTrainer passes on A_i, which is R_i minus the mean of
+    the other R_j. P3O needs only the differences R_i - R_j, and they are (A_i - A_j) (K - 1) / K. So
+    A (K - 1) / K serves as R.
 """
 
 import sys
@@ -30,22 +32,27 @@ from typing import Literal
 
 import torch
 from datasets import Dataset
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from trl import ModelConfig, RLOOConfig, RLOOTrainer, TrlParser, get_peft_config
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # p3o.py; or paste what is used here
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the folder of p3o.py
 import p3o  # noqa: E402
+from dpo import pad_rows  # noqa: E402
 
 
 @dataclass
 class Flags:
     reward_model: str = p3o.flag("out/reward_model", "sequence-classification model with one label")
-    dataset: str = p3o.flag("data/toy/prompts", "hub name or folder with a text column prompt; see data.py")
-    prompt_length: int = p3o.flag(32, "tokens; longer prompts are left out and counted")
-    eval_prompts: int = p3o.flag(256, "held-out prompts of the evaluation at the end")
-    clipping: Literal["joint", "separate", "none"] = p3o.flag("joint", "P3O-V2, V1, plain pairwise gradient")
-    clip_range: float = p3o.flag(0.2, "epsilon: of rho (V1), of the difference of log rho in nats (V2)")
-    missing_eos_penalty: float = p3o.flag(1.0, "off the score of a response cut off without EOS")
+    dataset: str = p3o.flag("data/toy/prompts", "hub name or folder with a text column 'prompt'; see data.py")
+    prompt_length: int = p3o.flag(32, "longest prompt in tokens; longer ones are left out")
+    eval_prompts: int = p3o.flag(
+        256, "number of held-out prompts to evaluate on, at the start and at the end"
+    )
+    clipping: Literal["joint", "separate", "none"] = p3o.flag(
+        "joint", "P3O-V2, P3O-V1, or no clipping at all"
+    )
+    clip_range: float = p3o.flag(0.2, "epsilon, for rho (separate) or for a difference of log rho (joint)")
+    missing_eos_penalty: float = p3o.flag(1.0, "number subtracted from the score of a response without EOS")
 
 
 DEFAULTS = {"model_name_or_path": "out/sft", "output_dir": "out/p3o_trl", "seed": 0, "save_strategy": "no"}
@@ -55,27 +62,25 @@ DEFAULTS |= {"steps_per_generation": 2, "num_iterations": 2}  # minibatches, epo
 DEFAULTS |= {"beta": 0.5, "max_completion_length": 24, "disable_dropout": True}
 DEFAULTS |= {"learning_rate": 3e-4, "lr_scheduler_type": "linear", "adam_beta2": 0.95, "adam_epsilon": 1e-5}
 DEFAULTS |= {"bf16": False, "gradient_checkpointing": False, "per_device_eval_batch_size": 128}
-DEFAULTS |= {"logging_steps": 20, "report_to": "none"}
+DEFAULTS |= {"logging_steps": 20, "report_to": "none", "eval_on_start": True}
 
 
 class P3OTrainer(RLOOTrainer):
     def __init__(self, flags, args, **options):
-        whole = args.per_device_train_batch_size % args.num_generations == 0
-        whole &= args.per_device_eval_batch_size % (args.num_generations_eval or args.num_generations) == 0
-        p3o.require(
-            whole, "--num_generations does not divide --per_device_{train,eval}_batch_size; alter one"
-        )
+        divides = args.per_device_train_batch_size % args.num_generations == 0
+        divides &= args.per_device_eval_batch_size % (args.num_generations_eval or args.num_generations) == 0
+        p3o.check(divides, "--num_generations must divide --per_device_{train,eval}_batch_size")
         plain = not (args.normalize_advantages or args.reward_clip_range or args.mask_truncated_completions)
-        p3o.require(plain, "P3O takes rewards as they are; leave out what normalises, clips or masks them")
+        p3o.check(plain, "P3O takes rewards as they are; leave out what normalizes, clips or masks them")
         super().__init__(args=args, **options)
         self.flags = flags
 
     def _tokenize_prompts(self, prompts):
-        """Prompts are literal: no special token is added."""
+        """Adds no special tokens, because the data set holds what the model is to see."""
         return self.processing_class(text=prompts, add_special_tokens=False)["input_ids"], None, {}
 
     def _get_per_token_logps_and_entropies(self, model, *args, **options):
-        """Positions count real tokens, as in sampling. TRL counts padding too; GPT-2's positions see that."""
+        """Counts positions without padding, as sampling does. TRL counts padding, which GPT-2 would see."""
 
         def forward(**inputs):
             return model(**inputs, position_ids=(inputs["attention_mask"].cumsum(1) - 1).clamp(min=0))
@@ -83,13 +88,13 @@ class P3OTrainer(RLOOTrainer):
         return super()._get_per_token_logps_and_entropies(forward, *args, **options)
 
     def _generate_and_score_completions(self, inputs):
-        """(1) Prompts first: (N, ...) -> (B, K, ...)."""
+        """Reshapes (N, ...) to (B, K, ...) (1)."""
         K = self.num_generations if self.model.training else self.num_generations_eval
         batch = super()._generate_and_score_completions(inputs)
         return {name: x.unflatten(0, (-1, K)) for name, x in batch.items()}
 
     def _compute_loss(self, model, inputs):
-        """(2) The loss of p3o.py, a mean over the B prompts of this micro-batch."""
+        """The loss of p3o.py, which is a mean over the B prompts of this micro-batch (2)."""
         (B, K, R), prompt_ids = inputs["completion_ids"].shape, inputs["prompt_ids"]
         if not (prompt_ids == prompt_ids[:, :1]).all():  # (1)
             raise RuntimeError("the responses to a prompt were split; P3O needs them in one micro-batch")
@@ -111,13 +116,13 @@ class P3OTrainer(RLOOTrainer):
 
 
 def make_reward(args, missing_eos_penalty, tokenizer, config):
-    """The reward model, read at the last response token; whole on every process, in bfloat16 with --bf16."""
-    zero = config.deepspeed_plugin  # ZeRO-3 would shard what is loaded, and nothing gather it again
+    """The reward model. Every process has all of it, in bfloat16 with --bf16."""
+    zero = config.deepspeed_plugin  # ZeRO-3 would shard the model, and nothing would gather it again
     with zero.zero3_init_context_manager(enable=False) if zero else nullcontext():
         options = args.reward_model, tokenizer, args
         model = p3o.load_model(AutoModelForSequenceClassification, *options, num_labels=1)
-    same = p3o.load_tokenizer(args.reward_model).get_vocab() == tokenizer.get_vocab()
-    p3o.require(same, f"{args.reward_model!r} has another tokenizer; write a reward on texts in its place")
+    matches = AutoTokenizer.from_pretrained(args.reward_model).get_vocab() == tokenizer.get_vocab()
+    p3o.check(matches, f"{args.reward_model} has another tokenizer; use a reward function on texts instead")
     if config.bf16:
         model.base_model.to(torch.bfloat16)  # the head stays in float32
     size = config.per_device_train_batch_size
@@ -126,11 +131,11 @@ def make_reward(args, missing_eos_penalty, tokenizer, config):
     def reward(prompts, completion_ids, **others):
         prompt_ids, scores = tokenizer(prompts, add_special_tokens=False)["input_ids"], []
         for first in range(0, len(prompts), size):
-            tokens = p3o.pad(prompt_ids[first : first + size], "left", tokenizer, args.device)
-            tokens += p3o.pad(completion_ids[first : first + size], "right", tokenizer, args.device)
-            scores += p3o.read_score(model, *tokens).tolist()
+            rows = slice(first, first + size)
+            batch = pad_rows(prompt_ids[rows], completion_ids[rows], tokenizer, args)
+            scores += p3o.read_score(model, **batch).tolist()
         ended = [ids[-1] == tokenizer.eos_token_id for ids in completion_ids]
-        return [r if end else r - missing_eos_penalty for r, end in zip(scores, ended)]
+        return [score - missing_eos_penalty * (not end) for score, end in zip(scores, ended)]
 
     return reward
 
@@ -142,9 +147,9 @@ def main(argv=None):
     config.model_init_kwargs = {"dtype": model.dtype, "attn_implementation": model.attn_implementation}
     args = p3o.Args(model.model_name_or_path, flags.reward_model, flags.dataset, device=str(config.device))
     args.prompt_length, args.response_length = flags.prompt_length, config.max_completion_length
-    tokenizer = p3o.load_tokenizer(args.model)
-    train = p3o.read_prompts(args.dataset, ["train"], tokenizer, args)
-    held_out = p3o.read_prompts(args.dataset, ["validation", "test"], tokenizer, args, flags.eval_prompts)
+    tokenizer = p3o.load_tokenizer(args)
+    train = p3o.read_prompts(["train"], tokenizer, args)
+    held_out = p3o.read_prompts(["validation", "test"], tokenizer, args)[: flags.eval_prompts]
     options = {"model": args.model, "processing_class": tokenizer, "peft_config": get_peft_config(model)}
     options["reward_funcs"] = make_reward(args, flags.missing_eos_penalty, tokenizer, config)
     for name, rows in (("train_dataset", train), ("eval_dataset", held_out)):
@@ -154,9 +159,11 @@ def main(argv=None):
     trainer.save_model(config.output_dir)
     metrics = trainer.evaluate()
     if trainer.accelerator.is_main_process:
-        kl = metrics["eval_kl"] * metrics["eval_completions/mean_length"]  # TRL's is per token
-        reached = f"reward {metrics['eval_reward']:.3f} at KL {kl:.2f} nats/response on held-out prompts"
-        print(f"{config.output_dir}: {reached}; {trainer.state.global_step} optimizer steps")
+        start = next(row for row in trainer.state.log_history if "eval_reward" in row)  # by eval_on_start
+        gain = f"gain {metrics['eval_reward'] - start['eval_reward']:.2f} over the SFT model"
+        kl = metrics["eval_kl"] * metrics["eval_completions/mean_length"]  # TRL's KL is per token
+        reached = f"{gain}, reward {metrics['eval_reward']:.3f} at KL {kl:.2f} nats/response"
+        print(f"{config.output_dir}, step {trainer.state.global_step}: {reached} on held-out prompts")
     return trainer
 
 

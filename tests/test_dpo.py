@@ -1,13 +1,12 @@
-"""dpo.py: its loss against oracles that share no code with it, its batches, and short runs on the toy data.
+"""dpo.py: the loss against oracles that share no code with it, the batches, and short runs on the toy task.
 
-The oracles are loops over plain Python floats with central differences, the closed-form optimum of a language
-model whose responses can be enumerated, and one unpadded forward pass per response. Legend as in dpo.py.
+The oracles are loops over plain floats with central differences, the optimum in closed form of a language model
+whose responses can be enumerated, and one unpadded forward pass per response.
 """
 
 import itertools
 import json
 import math
-import signal
 
 import pytest
 import torch
@@ -68,8 +67,6 @@ def test_stats_against_naive_loops():
     expected = {
         "accuracy": sum(m > 0 for m in margins) / len(margins),
         "margin": sum(margins) / len(margins),
-        "implicit_reward_chosen": sum(implicit[0]) / len(margins),
-        "implicit_reward_rejected": sum(implicit[1]) / len(margins),
         "logp_chosen": sum(logps[0].tolist()) / len(margins),
         "logp_rejected": sum(logps[1].tolist()) / len(margins),
     }
@@ -86,7 +83,7 @@ def test_at_the_reference():
     assert grad_chosen.tolist() == pytest.approx([-BETA / 2 / 8] * 8, rel=1e-12)
     assert grad_rejected.tolist() == pytest.approx([BETA / 2 / 8] * 8, rel=1e-12)
     stats = dpo.dpo_loss(*ref, *ref, BETA)[1]
-    assert (stats["accuracy"], stats["margin"], stats["implicit_reward_chosen"]) == (0.5, 0, 0)
+    assert (stats["accuracy"], stats["margin"]) == (0.5, 0)
 
 
 def test_a_step_raises_the_chosen_response_and_lowers_the_rejected():
@@ -149,9 +146,7 @@ def test_population_loss_is_least_at_the_gibbs_optimum(beta):
     reward = torch.randn(8, generator=generator, dtype=torch.float64)
     logp_ref = torch.randn(8, generator=generator, dtype=torch.float64).log_softmax(-1)
     chosen, rejected = torch.tensor(list(itertools.permutations(range(8), 2))).T
-    prevalence = 1 / (
-        1 + torch.exp(reward[rejected] - reward[chosen])
-    )  # how often the pair comes this way round
+    prevalence = 1 / (1 + torch.exp(reward[rejected] - reward[chosen]))  # how often this one is chosen
     logits = logp_ref.clone().requires_grad_()
     for _ in range(300):
         logp = logits.log_softmax(-1)
@@ -220,7 +215,7 @@ def test_micro_batches_add_up_to_the_gradient_of_the_pairs(micro_batch_size):
     loss, expected = naive_gradient(policy, reference, [examples[p] for p in pairs], args)
     before = [p.detach().clone() for p in policy.parameters()]
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.1)  # its step shows the gradient
-    metrics = dpo.update_on_pairs(policy, optimizer, batch, pairs, 1, args)
+    metrics = dpo.update_on_pairs(policy, optimizer, batch, pairs, args)
     assert metrics["loss"] == pytest.approx(loss, rel=1e-5)
     for was, now, grad in zip(before, policy.parameters(), expected, strict=True):
         torch.testing.assert_close((was - now.detach()) / 0.1, grad, rtol=1e-4, atol=2e-5)
@@ -234,14 +229,14 @@ def test_the_gradient_norm_is_clipped():
     batch = dpo.read_pairs(reference, random_examples(4), TOKENIZER, args)
     before = torch.cat([p.detach().flatten().clone() for p in policy.parameters()])
     optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
-    assert dpo.update_on_pairs(policy, optimizer, batch, torch.arange(4), 1, args)["grad_norm"] > 0.1
+    assert dpo.update_on_pairs(policy, optimizer, batch, torch.arange(4), args)["grad_norm"] > 0.1
     after = torch.cat([p.detach().flatten() for p in policy.parameters()])
     assert (after - before).norm().item() == pytest.approx(0.01, rel=1e-2)
 
 
 def test_held_out_metrics_are_means_over_all_pairs():
     policy, reference, examples, args = small_model(1), small_model(2), random_examples(7), batch_args(3)
-    metrics = dpo.evaluate_pairs((policy, reference), examples, TOKENIZER, args)
+    metrics = dpo.evaluate_pairs(0, policy, reference, examples, TOKENIZER, args)
     ratios = [
         [lone_logp(m, e["prompt_ids"], y, args.temperature).item() for m in (policy, reference)]
         for e in examples
@@ -252,21 +247,41 @@ def test_held_out_metrics_are_means_over_all_pairs():
     assert metrics["eval_accuracy"] == pytest.approx(sum(m > 0 for m in margins) / 7)
     assert metrics["eval_loss"] == pytest.approx(sum(math.log1p(math.exp(-m)) for m in margins) / 7, rel=1e-4)
     assert metrics["eval_logp_rejected"] == pytest.approx(sum(r[0] for r in ratios[1::2]) / 7, rel=1e-4)
-    assert dpo.evaluate_pairs((policy, reference), [], TOKENIZER, args) == {}
+    assert "eval_kl" not in metrics and all(p.grad is None for p in policy.parameters())
+
+
+def test_without_a_reward_model_the_kl_is_measured_on_fresh_responses(monkeypatch):
+    """40 prompts: two chunks of unequal size."""
+    policy, reference, sampled, sample_batch = small_model(1), small_model(2), [], dpo.sample_batch
+    rows = [{"prompt": "", **row} for row in random_examples(40)]
+    args = batch_args(4, reward_model="none")
+    sampling = {"do_sample": True, "temperature": 0.7, "top_k": 0, "max_new_tokens": 6}
+    policy.generation_config.update(**sampling, eos_token_id=1, pad_token_id=1)
+    monkeypatch.setattr(dpo, "sample_batch", lambda *a: sampled.append(sample_batch(*a)) or sampled[-1])
+    metrics = dpo.evaluate_pairs(0, policy, reference, rows, TOKENIZER, args)
+    ratios = []
+    for batch in sampled:
+        for x, x_mask, y, y_mask in zip(*dpo.token_rows(batch, slice(None)).values()):
+            text = x[x_mask].tolist(), y[y_mask].tolist(), args.temperature
+            ratios.append((lone_logp(policy, *text) - lone_logp(reference, *text)).item())
+    assert len(ratios) == 40
+    assert metrics["eval_kl"] == pytest.approx(sum(ratios) / 40, rel=1e-4)
+    assert abs(metrics["eval_kl"]) > 0.1 and "eval_reward" not in metrics
+
+
+NAMES = {"prompt_ids", "prompt_mask", "response_ids", "response_mask", "logp_ref_tok"}
 
 
 def scored(score):
-    """A batch of these scores, whose other tensors hold the numbers of their rows."""
+    """A batch with these scores. Its other tensors hold the numbers of their rows."""
     rows = torch.arange(len(score))
-    return {"score": score, "ended": rows > 0} | {
-        name: rows[:, None] for name in (*dpo.TOKENS, "logp_ref_tok")
-    }
+    return {"score": score, "ended": rows > 0} | {name: rows[:, None] for name in NAMES}
 
 
 def order_of(batch):
-    """Numbers of the rows in a ranked batch, the same in every tensor."""
-    assert set(batch) == {*dpo.TOKENS, "logp_ref_tok"}
-    (order,) = {tuple(x.flatten().tolist()) for x in batch.values()}
+    """The numbers of the rows in a ranked batch. They must be the same in every tensor."""
+    assert set(batch) == NAMES
+    (order,) = {tuple(tensor.flatten().tolist()) for tensor in batch.values()}
     return order
 
 
@@ -295,19 +310,16 @@ def test_identical_responses_give_no_gradient():
         e["response_ids"][1] = e["response_ids"][0]
     batch = dpo.read_pairs(reference, examples, TOKENIZER, args)
     optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
-    assert dpo.update_on_pairs(policy, optimizer, batch, torch.arange(2), 1, args)["grad_norm"] < 1e-6
+    assert dpo.update_on_pairs(policy, optimizer, batch, torch.arange(2), args)["grad_norm"] < 1e-6
 
 
 # -------------------------------------------------------------------------------- short runs on the toy data
 
 SMALL = ["--minibatch_size", 8, "--micro_batch_size", 4, "--eval_prompts", 12, "--save_every", 2]
-ONLINE = ["--online", "--prompts_per_step", 8, "--epochs", 1]
+ONLINE = ["--online", "--prompts_per_step", 8, "--rollout_epochs", 1]
 FILES = {"args.json", "checkpoint.pt", "config.json", "metrics.jsonl", "model.safetensors", "samples_0.jsonl"}
-PAIR_METRICS = {"accuracy", "margin", "implicit_reward_chosen", "implicit_reward_rejected", "logp_chosen"}
-PAIR_METRICS |= {"logp_rejected", "loss", "grad_norm", "seconds_score", "seconds_update", "tokens_per_second"}
-ROLLOUT_METRICS = {"reward", "objective", "kl", "kl_exact", "entropy", "perplexity", "response_length"}
-ROLLOUT_METRICS |= {"eos_rate", "reward_std", "kl_std"}
-COSTS = {"seconds_rollout", "seconds_score", "seconds_update", "tokens_per_second", "peak_memory_gb"}
+PAIR_METRICS = {"loss", "accuracy", "margin", "logp_chosen", "logp_rejected", "grad_norm", "seconds"}
+ROLLOUT_METRICS = {"reward", "kl", "entropy", "response_length", "eos_rate"}
 
 
 def preferences(chain, tmp_path):
@@ -320,15 +332,17 @@ def preferences(chain, tmp_path):
     return folder
 
 
+def read_log(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
 def train(chain, folder, monkeypatch, *flags):
-    """dpo.py's main in this process, on the command line `flags`; metrics.jsonl as a list."""
+    """dpo.py's main in this process, on the command line `flags`. Returns metrics.jsonl as a list."""
     monkeypatch.chdir(chain)
-    monkeypatch.setattr(signal, "signal", lambda *ignored: None)  # pytest keeps its own handlers
     torch.seed()  # a run must not depend on the random state that it finds
     flags = [str(flag) for flag in (*SMALL, "--output_dir", folder, *flags)]
-    args = HfArgumentParser(dpo.Args).parse_args_into_dataclasses(flags)[0]
-    dpo.main(args)
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    dpo.main(HfArgumentParser(dpo.Args).parse_args_into_dataclasses(flags)[0])
+    return read_log(folder)
 
 
 def flags_of(mode, chain, tmp_path):
@@ -337,44 +351,49 @@ def flags_of(mode, chain, tmp_path):
 
 @pytest.mark.parametrize("mode", ["offline", "online"])
 def test_a_run_keeps_its_promises_and_resumes_bit_for_bit(mode, chain, tmp_path, monkeypatch, capsys):
-    flags = [*flags_of(mode, chain, tmp_path), "--eval_every", 2, "--learning_rate", 1e-3]
-    whole, halves = tmp_path / "whole", tmp_path / "halves"
-    rows = train(chain, whole, monkeypatch, "--steps", 4, *flags)
-    last_line = capsys.readouterr().out.splitlines()[-1]
-    assert last_line.startswith(f"{whole}: reward ") and "4 steps" in last_line
-    assert {path.name for path in whole.iterdir()} >= FILES
+    flags = [*flags_of(mode, chain, tmp_path), "--eval_every", 2, "--learning_rate", 1e-3, "--steps", 4]
+    straight, halves = tmp_path / "straight", tmp_path / "halves"
+    rows = train(chain, straight, monkeypatch, *flags)
+    printed = capsys.readouterr().out.splitlines()
+    assert (
+        f"{straight}, step 4: gain {rows[4]['eval_reward'] - rows[0]['eval_reward']:.2f} over" in printed[-1]
+    )
+    if mode == "offline":
+        loss, accuracy = rows[4]["eval_loss"], rows[4]["eval_accuracy"]
+        assert f"step 4: loss {loss:.3f}, accuracy {accuracy:.3f} on held-out pairs" in printed[-2]
+    assert {path.name for path in straight.iterdir()} >= FILES
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
 
     expected = PAIR_METRICS | (ROLLOUT_METRICS | {"frac_identical_pairs"} if mode == "online" else set())
     assert all(expected <= set(row) for row in rows[1:])
-    held_out = {f"eval_{name}" for name in ROLLOUT_METRICS}
-    held_out |= {"eval_accuracy", "eval_logp_chosen"} if mode == "offline" else set()
+    held_out = {f"eval_{name}" for name in ROLLOUT_METRICS} | {"eval_gain"}
+    held_out |= {"eval_loss", "eval_accuracy"} if mode == "offline" else set()
     assert all((held_out <= set(row)) == (row["step"] % 2 == 0) for row in rows)
     assert ("eval_accuracy" in rows[0]) == (mode == "offline")
     assert all(math.isfinite(value) for row in rows for value in row.values())
 
     assert rows[1]["loss"] == pytest.approx(math.log(2), abs=1e-6), "the policy starts at the reference"
     assert [rows[1]["margin"], rows[0]["eval_kl"]] == pytest.approx([0, 0], abs=1e-5)
-    assert abs(rows[2]["margin"]) > 1e-3 and rows[4]["eval_kl_exact"] > 1e-3, "the reference stays behind"
+    assert abs(rows[2]["margin"]) > 1e-3 and abs(rows[4]["eval_kl"]) > 1e-3, "the reference stays behind"
 
-    end_step = dpo.end_step
-
-    def interrupt(args, step, *rest):
-        dpo.stop_signals[:] = [15] if step == 2 else []
-        end_step(args, step, *rest)
-
-    monkeypatch.setattr(dpo, "end_step", interrupt)
-    with pytest.raises(SystemExit, match="143"):
-        train(chain, halves, monkeypatch, "--steps", 4, *flags)
-    resumed = train(chain, halves, monkeypatch, "--steps", 4, "--resume", *flags)
-    assert (halves / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
-    assert (halves / "samples_4.jsonl").read_bytes() == (whole / "samples_4.jsonl").read_bytes()
+    step_of_dpo = dpo.dpo_step
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(dpo, "dpo_step", lambda step, *a: step_of_dpo(step, *a) if step < 4 else cut())
+        train(chain, halves, patch, *flags)  # step 3 is done and logged, and the checkpoint is of step 2
+    assert [row["step"] for row in read_log(halves)] == [0, 1, 2, 3]
+    resumed = train(chain, halves, monkeypatch, "--resume", *flags)
+    assert (halves / "model.safetensors").read_bytes() == (straight / "model.safetensors").read_bytes()
+    assert (halves / "samples_4.jsonl").read_bytes() == (straight / "samples_4.jsonl").read_bytes()
     for a, b in zip(rows, resumed, strict=True):
-        assert a.keys() == b.keys() and all(a[name] == b[name] for name in a.keys() - COSTS)
+        assert a.keys() == b.keys() and all(a[name] == b[name] for name in a.keys() - {"seconds"})
 
-    policy, start = (AutoModelForCausalLM.from_pretrained(path) for path in (whole, chain / "out/sft"))
-    assert AutoTokenizer.from_pretrained(whole).eos_token_id is not None
+    policy, start = (AutoModelForCausalLM.from_pretrained(path) for path in (straight, chain / "out/sft"))
+    assert AutoTokenizer.from_pretrained(straight).eos_token_id == policy.generation_config.eos_token_id
     assert any(not torch.equal(p, q) for p, q in zip(policy.parameters(), start.parameters()))
+
+
+def cut():
+    raise KeyboardInterrupt
 
 
 def test_held_out_prompts_and_first_samples_are_the_same_in_both_modes(chain, tmp_path, monkeypatch):
@@ -391,11 +410,13 @@ def test_held_out_prompts_and_first_samples_are_the_same_in_both_modes(chain, tm
 
 
 def test_online_learns_from_the_order_of_the_scores_alone(chain, tmp_path, monkeypatch):
-    """A reward model of three times the slope ranks alike: the same weights. One turned around: others, and
-    others again where the labels are drawn."""
+    """Scores of three times the size rank alike and give the same weights. Negated scores give others, and
+    so do winners that are drawn."""
     read_score, weights, flags = dpo.read_score, [], flags_of("online", chain, tmp_path)
     for slope, labels in ((1, "ranked"), (3, "ranked"), (-1, "ranked"), (1, "sampled")):
-        monkeypatch.setattr(dpo, "read_score", lambda *batch, slope=slope: slope * read_score(*batch))
+        monkeypatch.setattr(
+            dpo, "read_score", lambda *a, slope=slope, **batch: slope * read_score(*a, **batch)
+        )
         more = ["--steps", 1, "--missing_eos_penalty", 0, "--labels", labels]
         folder = tmp_path / f"{labels}{slope}"
         train(chain, folder, monkeypatch, *flags, *more)
@@ -403,38 +424,67 @@ def test_online_learns_from_the_order_of_the_scores_alone(chain, tmp_path, monke
     assert weights[0] == weights[1] and len(set(weights)) == 3
 
 
+def test_offline_the_reward_model_only_evaluates(chain, tmp_path, monkeypatch, capsys):
+    flags = [*flags_of("offline", chain, tmp_path), "--steps", 2]
+    train(chain, tmp_path / "with", monkeypatch, *flags)
+    rows = train(chain, tmp_path / "without", monkeypatch, *flags, "--reward_model", "none")
+    printed = capsys.readouterr().out.splitlines()[-1]
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("with", "without")]
+    assert weights[0] == weights[1]
+    assert {"eval_loss", "eval_accuracy", "eval_kl"} <= set(rows[2])
+    assert not any("reward" in name or "gain" in name for row in rows for name in row)
+    assert "gain" not in printed and printed.endswith(f" and KL {rows[2]['eval_kl']:.2f} nats/response")
+
+
 def test_offline_steps_are_passes_over_the_data(chain, tmp_path, monkeypatch):
     flags = flags_of("offline", chain, tmp_path)
-    assert train(chain, tmp_path / "run", monkeypatch, *flags, "--epochs", 1)[-1]["step"] == 5  # 40 rows by 8
+    flags += ["--epochs", 2, "--minibatch_size", 16]  # 80 rows in fives of 16
+    assert train(chain, tmp_path / "run", monkeypatch, *flags)[-1]["step"] == 5
 
 
-@pytest.mark.parametrize("online", [True, False])
-def test_defaults_by_mode(online):
-    args = dpo.Args(online=online)
-    dpo.set_mode(args)
-    assert args.output_dir == ("out/dpo_online" if online else "out/dpo")
-    assert args.dataset == ("data/toy/prompts" if online else "data/toy/preferences")
-    assert args.epochs == (2 if online else 1) and args.steps == (60 if online else None)
-    assert args.prompts_per_step == (64 if online else 32), "offline a step is a minibatch"
-    given = {"dataset": "mine", "output_dir": "here", "epochs": 5, "steps": 7}
-    args = dpo.Args(online=online, **given)
-    dpo.set_mode(args)
-    assert {name: getattr(args, name) for name in given} == given
+class Opened(Exception):
+    pass
+
+
+@pytest.mark.parametrize("mode", ["offline", "online"])
+def test_defaults_depend_on_the_mode(mode, chain, monkeypatch):
+    def open_run(model, optimizer, args):
+        raise Opened(args)
+
+    monkeypatch.setattr(dpo, "open_run", open_run)
+    monkeypatch.chdir(chain)
+    with pytest.raises(Opened) as opened:
+        dpo.main(dpo.Args(online=mode == "online"))
+    (args,) = opened.value.args
+    rows = len((chain / "data/toy/preferences/train.jsonl").read_text().splitlines())
+    defaults = ("data/toy/prompts", "out/dpo_online", 60)
+    defaults = defaults if args.online else ("data/toy/preferences", "out/dpo", math.ceil(rows / 32))
+    assert (args.dataset, args.output_dir, args.steps) == defaults
 
 
 WRONG = [
     (["--beta", 0], "--beta 0.0 is out of range"),
-    (["--dataset", "data/toy/prompts"], "cannot read data set 'data/toy/prompts'"),
-    (["--online", "--minibatch_size", 5], "--minibatch_size does not divide --prompts_per_step"),
     (["--epochs", 0], "--epochs 0 is out of range"),
+    (["--steps", 0], "--steps 0 is out of range"),
+    (["--dataset", "data/toy/prompts"], "data/toy/prompts has no columns"),
+    (["--reward_model", "out/nothing"], "cannot load out/sft, out/nothing or data/toy/preferences"),
+    (["--online", "--minibatch_size", 5], "--minibatch_size must divide --prompts_per_step"),
+    (["--online", "--reward_model", "none"], "--online ranks by reward"),
 ]
 
 
 @pytest.mark.parametrize("flags, words", WRONG)
-def test_wrong_input_is_refused_before_anything_is_written(
-    flags, words, chain, tmp_path, monkeypatch, capsys
-):
-    with pytest.raises(SystemExit, match="2"):
+def test_wrong_input_is_refused_before_anything_is_written(flags, words, chain, tmp_path, monkeypatch):
+    with pytest.raises(SystemExit, match=f"^error: {words}"):
         train(chain, tmp_path / "run", monkeypatch, *flags)
-    assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {words}")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("value", [math.nan, None], ids=str)
+def test_online_a_reward_that_is_no_number_ends_the_run(value, chain, tmp_path, monkeypatch):
+    """At step 0, before anything is learnt from it."""
+    monkeypatch.setattr(dpo, "load_reward", lambda *a: lambda batch: [value] * len(batch["response"]))
+    flags = [*flags_of("online", chain, tmp_path), "--steps", 1]
+    with pytest.raises(SystemExit, match=f"^error: the reward of the response .* is {value}"):
+        train(chain, tmp_path / "run", monkeypatch, *flags)
+    assert read_log(tmp_path / "run") == []

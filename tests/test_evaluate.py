@@ -1,88 +1,88 @@
-"""evaluate.py: what stands in answers.jsonl, against plain transformers row by row; what is answered again and what not."""
+"""evaluate.py: what stands in answers.jsonl, against plain transformers row by row, and what is never touched."""
 
 import json
+import math
 import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
-from conftest import run_script
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from conftest import ROOT, run_script
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import evaluate
 from toy import gold_reward
 
 SMALL = ["--num_prompts", 3, "--samples_per_prompt", 4, "--micro_batch_size", 5, "--sample_batch_size", 8]
-TRAIN = [
-    "--steps",
-    1,
-    "--prompts_per_step",
-    4,
-    "--minibatch_size",
-    4,
-    "--eval_prompts",
-    2,
-    "--learning_rate",
-    1e-2,
-]
+TRAIN = "--steps 1 --prompts_per_step 4 --minibatch_size 4 --eval_prompts 2 --learning_rate 1e-2".split()
+FOLDERS = {"sft": "out/sft", "p3o": "out/p3o", "again [1]": "out/again [1]"}
 
 
 @pytest.fixture(scope="module")
 def world(chain, tmp_path_factory):
-    """A working directory with two trained policies and their evaluation."""
+    """A working directory with two trained policies, one of them with brackets in its name, and their evaluation."""
     folder = tmp_path_factory.mktemp("evaluate")
     shutil.copytree(chain, folder, dirs_exist_ok=True)
-    for name, seed in (("p3o", 0), ("p3o_again", 1)):
+    for seed, name in enumerate(["p3o", "again [1]"]):
         done = run_script("p3o.py", *TRAIN, "--seed", seed, "--output_dir", f"out/{name}", cwd=folder)
         assert done.returncode == 0, done.stderr
     done = run_script("evaluate.py", *SMALL, cwd=folder)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1].startswith(
-        "out/evaluation: answers.jsonl, 36 responses of sft, p3o, p3o_again"
-    )
+    *means, last = done.stdout.splitlines()[1:]
+    assert last == "out/evaluation/answers.jsonl: 36 responses of sft, again [1], p3o to 3 prompts"
+    rewards = {name: [row["reward"] for row in read(folder)[1] if row["policy"] == name] for name in FOLDERS}
+    gain = (sum(rewards["p3o"]) - sum(rewards["sft"])) / 12
+    assert len(means) == 3 and means[2].startswith(f"p3o: gain {gain:.2f} over the SFT model, reward ")
     return folder
 
 
-def read(folder):
-    return [json.loads(line) for line in (folder / "out/evaluation/answers.jsonl").read_text().splitlines()]
+def read(folder, name="out/evaluation"):
+    """The first line of answers.jsonl and the others."""
+    header, *rows = [json.loads(line) for line in (folder / name / "answers.jsonl").read_text().splitlines()]
+    return header, rows
 
 
-def go(world, folder, *words):
-    """evaluate.py in a copy of the world that may be changed."""
-    if not folder.exists():
-        shutil.copytree(world, folder, copy_function=shutil.copy2)
-    return run_script("evaluate.py", *SMALL, *words, cwd=folder)
+def fails(folder, *words, said):
+    """evaluate.py ends in one line that says so, and changes nothing."""
+    before = {path: path.lstat().st_mtime_ns for path in folder.rglob("*")}
+    done = run_script("evaluate.py", *words, *SMALL, cwd=folder)
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 1 and line.startswith("error: ") and said in line, done.stderr
+    assert {path: path.lstat().st_mtime_ns for path in folder.rglob("*")} == before
 
 
+# --------------------------------------------------------------------------------------------------- the numbers
 def test_every_policy_answers_every_prompt(world):
-    rows, meta = read(world), json.loads((world / "out/evaluation/meta.json").read_text())
-    assert [row["policy"] for row in rows] == ["sft"] * 12 + ["p3o"] * 12 + ["p3o_again"] * 12
-    assert [row["prompt_id"] for row in rows] == [0] * 4 + [1] * 4 + [2] * 4 + rows_of_ids() * 2
-    assert meta["policies"] == {"p3o": "out/p3o", "p3o_again": "out/p3o_again"} and meta["model"] == "out/sft"
-    assert (meta["num_prompts"], meta["samples_per_prompt"]) == (3, 4)
-    prompts = [
-        json.loads(line)["prompt"]
-        for line in (world / "data/toy/prompts/test.jsonl").read_text().splitlines()
-    ]
-    assert all(row["prompt"] == prompts[row["prompt_id"]] for row in rows)
+    header, rows = read(world)
+    assert [row["policy"] for row in rows] == ["sft"] * 12 + ["again [1]"] * 12 + ["p3o"] * 12
+    assert [row["prompt_id"] for row in rows] == ([0] * 4 + [1] * 4 + [2] * 4) * 3
+    assert header["policies"] == {name: folder for name, folder in FOLDERS.items() if name != "sft"}
+    expected = {"model": "out/sft", "reward_model": "out/reward_model", "dataset": "data/toy/prompts"}
+    expected |= {"num_prompts": 3, "samples_per_prompt": 4, "temperature": 1.0}
+    assert {name: header[name] for name in expected} == expected and header["settings"][
+        "response_length"
+    ] == 24
+    lines = (world / "data/toy/prompts/test.jsonl").read_text().splitlines()
+    assert all(row["prompt"] == json.loads(lines[row["prompt_id"]])["prompt"] for row in rows)
     assert len({row["response"] for row in rows[:12]}) > 6, "samples, not one answer over and over"
-
-
-def rows_of_ids():
-    return [0] * 4 + [1] * 4 + [2] * 4
+    assert [path.name for path in (world / "out/evaluation").iterdir()] == ["answers.jsonl"]
 
 
 @torch.no_grad()
 def test_the_numbers_of_a_row_are_those_of_plain_transformers(world):
     """One unpadded row at a time: log-probs, exact KL, reward, gold reward, length and end."""
-    folders = {"sft": "out/sft", "p3o": "out/p3o", "p3o_again": "out/p3o_again"}
-    models = {name: AutoModelForCausalLM.from_pretrained(world / f).eval() for name, f in folders.items()}
+    models = {name: AutoModelForCausalLM.from_pretrained(world / f).eval() for name, f in FOLDERS.items()}
     scorer = AutoModelForSequenceClassification.from_pretrained(world / "out/reward_model").eval()
-    tokenizer = evaluate.load_tokenizer(str(world / "out/sft"))
-    for row in read(world):
+    tokenizer = AutoTokenizer.from_pretrained(world / "out/sft")
+    for row in read(world)[1]:
         prompt, response = tokenizer(row["prompt"])["input_ids"], row["response_ids"]
         ids, start = torch.tensor([prompt + response]), len(prompt) - 1
         logs = {name: m(ids).logits[0, start:-1].double().log_softmax(-1) for name, m in models.items()}
+        assert set(row["logp"]) == set(models)
         for name, log in logs.items():
             naive = sum(log[t, token].item() for t, token in enumerate(response))
             assert row["logp"][name] == pytest.approx(naive, abs=1e-4)
@@ -97,89 +97,195 @@ def test_the_numbers_of_a_row_are_those_of_plain_transformers(world):
         assert row["gold_reward"] == gold_reward(row["prompt"], row["response"])
 
 
-def test_a_finished_evaluation_is_not_repeated(world, tmp_path):
-    before, folder = read(world), tmp_path / "w"
-    assert go(world, folder).returncode == 0
-    assert read(folder) == before
-    os.utime(folder / "out/p3o/model.safetensors")  # other weights: it answers, and is read by, anew
-    rows = before[:12] + before[24:]
+def test_exact_kl_by_a_loop():
+    """Uneven masks; in float64 by the definition, token by token."""
+    generator = torch.Generator().manual_seed(0)
+    p, q = torch.randn(2, 3, 4, 5, generator=generator).log_softmax(-1)
+    mask = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 0, 0]]).bool()
+    for n, value in enumerate(evaluate.exact_kl(p, q, mask).tolist()):
+        naive = 0.0
+        for t in range(int(mask[n].sum())):
+            naive += sum(math.exp(a) * (a - b) for a, b in zip(p[n, t].tolist(), q[n, t].tolist()))
+        assert value == pytest.approx(naive, abs=1e-5) and value > 0
+
+
+def test_a_response_without_eos_is_penalised_and_a_temperature_divides_the_logits(world):
+    """At most 2 tokens, so that nothing ends; rewards and log-probs once more by plain transformers."""
+    words = [
+        "--response_length",
+        2,
+        "--temperature",
+        2,
+        "--missing_eos_penalty",
+        7,
+        "--output_dir",
+        "out/short",
+    ]
+    done = run_script("evaluate.py", "out/p3o", *SMALL, *words, cwd=world)
+    assert done.returncode == 0, done.stderr
+    scorer = AutoModelForSequenceClassification.from_pretrained(world / "out/reward_model").eval()
+    model = AutoModelForCausalLM.from_pretrained(world / "out/p3o").eval()
+    tokenizer = AutoTokenizer.from_pretrained(world / "out/sft")
+    rows = read(world, "out/short")[1]
+    assert any(not row["ended"] for row in rows)
     for row in rows:
-        row["reward"] = 77.0  # a mark on what must be kept
-    marked = [json.dumps(row) for row in [*rows[:12], *before[12:24], *rows[12:]]]
-    (folder / "out/evaluation/answers.jsonl").write_text("\n".join(marked) + "\n")
-    assert go(world, folder).returncode == 0
-    after = read(folder)
-    assert {row["policy"] for row in after if row["reward"] != 77.0} == {"p3o"}
-    for row, expected in zip(after, before, strict=True):
-        assert row["logp"] == pytest.approx(expected["logp"], abs=1e-4)
+        prompt = tokenizer(row["prompt"])["input_ids"]
+        ids = torch.tensor([prompt + row["response_ids"]])
+        with torch.no_grad():
+            log = (model(ids).logits[0, len(prompt) - 1 : -1] / 2).log_softmax(-1)
+            score = scorer(ids).logits.item() - 7 * (not row["ended"])
+        naive = sum(log[t, token].item() for t, token in enumerate(row["response_ids"]))
+        assert row["logp"]["p3o"] == pytest.approx(naive, abs=1e-4)
+        assert row["reward"] == pytest.approx(score, abs=1e-4)
 
 
-def test_killed_between_policies_it_goes_on_and_a_new_run_joins(world, tmp_path):
-    """One policy at a time gives the same answers as all at once."""
+def test_it_samples_in_chunks_and_never_more(world, monkeypatch):
+    """12 responses in chunks of 8, read 5 at a time; one policy at a time is loaded beside the SFT model."""
+    chunks, loaded = [], []
+    sample, load = evaluate.sample_batch, evaluate.load_model
+    monkeypatch.setattr(
+        evaluate, "sample_batch", lambda p, rows, *a: chunks.append(len(rows)) or sample(p, rows, *a)
+    )
+    monkeypatch.setattr(
+        evaluate, "load_model", lambda kind, name, *a, **k: loaded.append(name) or load(kind, name, *a, **k)
+    )
+    monkeypatch.chdir(world)
+    options = {word.removeprefix("--"): value for word, value in zip(SMALL[::2], SMALL[1::2])}
+    evaluate.main(["out/p3o"], evaluate.Args(output_dir="out/chunks", device="cpu", **options))
+    assert chunks == [8, 4] * 2
+    assert loaded == ["out/sft", "out/reward_model", "out/sft", "out/p3o", "out/sft", "out/p3o"]
+    assert evaluate.Args().sample_batch_size == 128
+
+
+def test_a_reward_that_is_no_number_ends_in_one_line(world, monkeypatch):
+    monkeypatch.chdir(world)
+    monkeypatch.setattr(evaluate, "load_reward", lambda *_: lambda batch: [math.nan] * len(batch["response"]))
+    with pytest.raises(SystemExit, match="error: the reward of the response .* is nan"):
+        evaluate.main(["out/p3o"], evaluate.Args(output_dir="out/nan", device="cpu", num_prompts=1))
+    assert not list((world / "out/nan").iterdir())
+
+
+# ------------------------------------------------------------------------------------------------ the output folder
+def test_answers_are_replaced_only_when_told_to_and_never_reused(world, tmp_path):
     folder = tmp_path / "w"
-    shutil.copytree(world, folder, copy_function=shutil.copy2)
-    shutil.rmtree(folder / "out/evaluation")
-    assert go(world, folder, "--runs", "out/p3o_again").returncode == 0
-    assert {row["policy"] for row in read(folder)} == {"sft", "p3o_again"}
-    (folder / "out/evaluation/answers.jsonl.new").write_text('{"policy": "p3')  # of a killed one
-    assert go(world, folder).returncode == 0
-    for one, other in zip(read(folder), read(world), strict=True):
-        assert one["logp"].keys() == other["logp"].keys()
-        assert one | {"logp": 0} == other | {"logp": 0}
-        assert one["logp"] == pytest.approx(other["logp"], abs=1e-4)
+    shutil.copytree(world, folder)
+    fails(folder, said="out/evaluation holds answers; --overwrite them")
+    marked = (folder / "out/evaluation/answers.jsonl").read_text().replace('"reward": ', '"reward": 77')
+    (folder / "out/evaluation/answers.jsonl").write_text(marked)
+    (folder / "out/evaluation/answers.jsonl.new").write_text('{"policy": "p3')  # a kill left this
+    (folder / "out/evaluation/report.md").write_text("of frontier.py")
+    done = run_script("evaluate.py", "--overwrite", *SMALL, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert read(folder)[1] == read(world)[1]
+    assert sorted(path.name for path in (folder / "out/evaluation").iterdir()) == [
+        "answers.jsonl",
+        "report.md",
+    ]
 
 
-def test_other_settings_replace_answers_only_when_told_to(world, tmp_path):
+def test_a_kill_leaves_the_old_answers_or_the_new(world, tmp_path):
+    """kill -9 at ten moments around the writing, of two evaluations with other seeds."""
     folder = tmp_path / "w"
-    done = go(world, folder, "--seed", 5)
-    assert done.returncode == 2 and "other settings" in done.stderr and "--overwrite" in done.stderr
-    assert read(folder) == read(world)
-    assert go(world, folder, "--seed", 5, "--overwrite").returncode == 0
-    assert [r["response"] for r in read(folder)] != [r["response"] for r in read(world)]
+    shutil.copytree(world, folder)
+    program = (
+        "import sys; sys.path.insert(0, {root!r}); import evaluate\n"
+        "for seed in range(10**6): evaluate.write_answers({{'seed': seed}}, [{{'seed': seed}}] * 3000, 'out/evaluation')"
+    )
+    (tmp_path / "loop.py").write_text(program.format(root=str(ROOT)))
+    process = subprocess.Popen([sys.executable, tmp_path / "loop.py"], cwd=folder)
+    path = folder / "out/evaluation/answers.jsonl"
+    while '{"seed"' not in path.read_text()[:10]:
+        time.sleep(0.05)
+    for _ in range(10):
+        time.sleep(0.013)
+        os.kill(process.pid, signal.SIGSTOP)  # what a kill here would leave
+        seeds = [json.loads(line)["seed"] for line in path.read_text().splitlines()]
+        assert len(seeds) == 3001 and len(set(seeds)) == 1
+        os.kill(process.pid, signal.SIGCONT)
+    process.kill()
+    process.wait()
 
 
+def test_what_is_no_folder_for_answers_is_refused_before_any_model_is_loaded(world, tmp_path):
+    os.mkfifo(world / "out/fifo")
+    (world / "out/link").symlink_to("nowhere")
+    (world / "out/mixed").mkdir()
+    for name in ("answers.jsonl", "args.json"):  # a run's folder, into which someone has put answers
+        (world / "out/mixed" / name).touch()
+    for place, said in (
+        ("out/p3o", "holds files of something else"),
+        ("out/sft", "holds files of something else"),
+        ("out/mixed", "holds files of something else"),
+        ("out/p3o/config.json", "is no folder"),
+        ("out/fifo", "is no folder"),
+        ("out/link", "is no folder"),
+        ("out/fifo/below", "cannot write into out/fifo/below"),
+        ("/proc/nowhere", "cannot write into /proc/nowhere"),
+    ):
+        # This SFT model does not exist: the folder is looked at first.
+        fails(world, "--overwrite", "--model", "no-model", "--output_dir", place, said=said)
+    (world / "out/fifo").unlink()
+    (world / "out/link").unlink()
+    shutil.rmtree(world / "out/mixed")
+
+
+# --------------------------------------------------------------------------------------------- runs and their settings
 @pytest.mark.parametrize(
     "words, said",
     [
-        (["--runs", "out/sft"], "'out/sft' holds no trained policy"),
-        (["--runs", "nothere"], "'nothere' holds no trained policy"),
+        (["out/sft"], "out/sft holds no policy"),
+        (["nothere"], "nothere holds no policy"),
         (["--num_prompts", 0], "--num_prompts 0 is out of range"),
-        (["--temperature", "nan"], "--temperature nan"),
-        (["--dataset", "nothere"], "cannot read data set 'nothere'"),
-        (["--reward_model", "out/sft", "--overwrite"], "'out/sft' is not a whole SequenceClassification"),
-        (["--nonsense"], "--nonsense"),
+        (["--temperature", "nan"], "--temperature nan is out of range"),
     ],
 )
 def test_bad_input_is_one_line_and_changes_nothing(world, words, said):
-    before = {path: path.stat().st_mtime_ns for path in world.rglob("*")}
-    done = run_script("evaluate.py", *SMALL, *words, cwd=world)
-    lines = done.stderr.splitlines()
-    assert done.returncode == 2 and len(lines) == 1 and lines[0].startswith("error: ") and said in lines[0], (
-        done.stderr
-    )
-    assert {path: path.stat().st_mtime_ns for path in world.rglob("*")} == before
+    done = run_script("evaluate.py", *SMALL, *words, "--output_dir", "out/none", cwd=world)
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 1 and line.startswith("error: ") and said in line
+    assert not (world / "out/none").exists()
 
 
-def test_runs_must_agree_on_what_was_not_given(world, tmp_path):
-    folder = tmp_path / "w"
-    shutil.copytree(world, folder, copy_function=shutil.copy2)
-    path = folder / "out/p3o/args.json"
-    for name, value in (("temperature", 0.5), ("model", "out/other")):
-        record = json.loads((world / "out/p3o/args.json").read_text())
-        record["args"][name] = value
-        path.write_text(json.dumps(record))
-        done = go(world, folder)
-        assert done.returncode == 2 and f"differ in their {name}" in done.stderr
+@pytest.mark.parametrize("name", ["dataset", "reward_model", "model"])
+def test_what_does_not_exist_is_one_line(world, name):
+    done = run_script("evaluate.py", *SMALL, f"--{name}", "nothere", "--output_dir", "out/none", cwd=world)
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert not list((world / "out/none").iterdir())
 
 
-def test_nothing_to_evaluate(tmp_path):
-    done = run_script("evaluate.py", cwd=tmp_path)
-    assert done.returncode == 2 and "run p3o.py first" in done.stderr
+def test_runs_must_agree_on_what_is_not_given():
+    runs = [{"temperature": 1.0, "model": "out/sft"}, {"temperature": 0.5, "model": "./out/sft/"}]
+    others = {"reward_model": "r", "prompt_length": 8, "response_length": 8, "missing_eos_penalty": 0.0}
+    with pytest.raises(SystemExit, match="the runs must have one temperature, but have .*give --temperature"):
+        evaluate.take_settings(runs, evaluate.Args(**others))
+    args = evaluate.Args(**others, temperature=1.0)
+    evaluate.take_settings(runs, args)
+    assert args.model == "out/sft" and args.missing_eos_penalty == 0.0
+    runs[0]["reward_model"] = None  # offline DPO may have none
+    args.reward_model = None
+    with pytest.raises(SystemExit, match=r"must have one reward_model, but have \[\]; give --reward_model"):
+        evaluate.take_settings(runs, args)
+    evaluate.take_settings([*runs, {"reward_model": "out/rm"}], args)
+    assert args.reward_model == "out/rm"
 
 
-def test_the_runs_may_come_first_without_a_flag(world, tmp_path):
-    """As a process of its own: python evaluate.py RUN --flags."""
-    folder = tmp_path / "w"
-    shutil.copytree(world, folder, copy_function=shutil.copy2)
-    done = run_script("evaluate.py", "out/p3o", *SMALL, "--output_dir", "out/one", cwd=folder)
-    assert done.returncode == 0 and "sft, p3o to 3 prompts" in done.stdout, done.stderr
+def test_names_of_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="run p3o.py first"):
+        evaluate.find_runs([])
+    for name, arguments in (
+        ("a/p3o", {"beta": 1}),
+        ("b/p3o", {"beta": 1}),
+        ("out/sft", {"beta": 1}),
+        ("out/x", {}),
+    ):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "args.json").write_text(json.dumps({"args": arguments}))
+        (tmp_path / name / "model.safetensors").touch()
+    folders = evaluate.find_runs(["a/p3o", "b/p3o/", "./a/p3o"])[0]
+    assert folders == {"a/p3o": "a/p3o", "b/p3o": "b/p3o"}
+    assert evaluate.find_runs([])[0] == {"out/sft": "out/sft"}  # "sft" is the SFT model
+    assert evaluate.find_runs(["a/p3o"]) == ({"p3o": "a/p3o"}, {"a/p3o": {"beta": 1}})
+    (tmp_path / "a/p3o/model.safetensors").unlink()  # a run that has saved nothing yet
+    with pytest.raises(SystemExit, match="a/p3o holds no policy"):
+        evaluate.find_runs(["a/p3o"])

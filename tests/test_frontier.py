@@ -4,10 +4,12 @@ The world of the enumeration: at each of P prompts a language model over the res
 tokens, all 15 of them listed, so that pi*_beta is a sum over a list. Oracles are loops over Python floats.
 """
 
+import argparse
 import ast
 import itertools
 import json
 import math
+import shutil
 import statistics
 import sys
 
@@ -376,7 +378,7 @@ def make_rows(policies=("sft", "a", "b"), P=5, S=12, gold=True, seed=0):
             length = 2 + int(torch.randint(6, (1,), generator=generator))
             picks = torch.randint(len(words), (length - 1,), generator=generator).tolist()
             logp = {other: -2.0 * length + (0.3 * k - 0.1) * x for k, other in enumerate(policies)}
-            rows.append({"policy": name, "prompt_id": 7 * p, "prompt": f"prompt {p}", "length": length})
+            rows.append({"policy": name, "prompt_id": p, "prompt": f"prompt {p}", "length": length})
             rows[-1] |= {"response": " ".join(words[i] for i in picks), "reward": round(x + strength / 2, 1)}
             rows[-1] |= {"logp": logp, "kl_exact": strength * (0.3 * strength / 2 + 0.02 * z), "ended": y < 1}
             rows[-1] |= {"gold_reward": round(x + y)} if gold else {}
@@ -384,13 +386,21 @@ def make_rows(policies=("sft", "a", "b"), P=5, S=12, gold=True, seed=0):
 
 
 def write_answers(folder, rows, samples_per_prompt=12):
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    """answers.jsonl as evaluate.py writes it: the settings, then the responses."""
     names = dict.fromkeys(row["policy"] for row in rows)
-    meta = {"model": "out/sft", "policies": {name: f"out/{name}" for name in names if name != "sft"}}
-    meta |= {"dataset": "data/x", "samples_per_prompt": samples_per_prompt, "settings": {"seed": 0}}
-    (folder / "meta.json").write_text(json.dumps(meta))
+    header = {"policies": {name: f"out/{name}" for name in names if name != "sft"}}
+    header |= {
+        "num_prompts": 1 + max(row["prompt_id"] for row in rows),
+        "samples_per_prompt": samples_per_prompt,
+    }
+    header["settings"] = {"model": "out/sft", "dataset": "data/x", "samples_per_prompt": samples_per_prompt}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [header, *rows]))
     return folder
+
+
+def run_main(folder):
+    frontier.main(argparse.Namespace(input_dir=str(folder)))
 
 
 def read_summary(folder):
@@ -414,18 +424,17 @@ def done(tmp_path_factory):
 
 def test_it_writes_three_files_and_says_so(done):
     folder, _, summary, printed = done
-    files = {"answers.jsonl", "meta.json", "summary.json", "report.md", "frontier.png"}
+    files = {"answers.jsonl", "summary.json", "report.md", "frontier.png"}
     assert {path.name for path in folder.iterdir()} == files
     assert printed.splitlines()[-1] == f"{folder}: summary.json, report.md, frontier.png"
     assert (folder / "frontier.png").read_bytes().startswith(b"\x89PNG")
-    assert set(summary) == {"policies", "optimal_frontier", "best_of_n", "meta"}
+    assert set(summary) == {"policies", "optimal_frontier", "best_of_n", "settings"}
     assert list(summary["policies"]) == ["sft", "a", "b"]
-    a = summary["policies"]["a"]
-    end = summary["optimal_frontier"][-1]
-    gap = f"reward {a['reward']:.3f}, {a['optimal_reward'] - a['reward']:.3f} below the optimum."
-    assert f"a: {100 * a['frontier_efficiency']:.1f}% of the optimum's gain at its KL, " in printed
-    assert gap in printed and f"up to KL {end['kl']:.2f}" in printed
-    assert f"sample size {end['ess']:.0f}, {end['ess_min']:.0f} at the worst prompt" in printed
+    a, end = summary["policies"]["a"], summary["optimal_frontier"][-1]
+    said = f"a: gain {a['reward_gain']:.2f} over the SFT model, {a['frontier_efficiency']:.0%} of what is possible"
+    assert f"{said} at its KL, {a['kl']:.2f} nats/response; reward {a['reward']:.3f}\n" in printed
+    sizes = f"{end['kl']:.2f} nats/response. There the effective sample size is {end['ess']:.0f}, and"
+    assert f"up to KL {sizes} {end['ess_min']:.0f} at the worst prompt." in printed and "sft:" not in printed
 
 
 def mean_of(rows, name, number):
@@ -469,7 +478,7 @@ def test_win_rates_over_all_pairs_of_responses_to_the_same_prompt(done, key, of)
         scores = {}
         for row in rows:
             scores.setdefault((row["policy"], row["prompt_id"]), []).append(row[of])
-        by_prompt = [naive_wins(scores[a, 7 * p], scores[b, 7 * p]) for p in range(5)]
+        by_prompt = [naive_wins(scores[a, p], scores[b, p]) for p in range(5)]
         rate, low, high = summary["policies"][a][f"{key}win_rate_vs"][b]
         assert rate == pytest.approx(statistics.mean(wins for wins, _ in by_prompt), abs=1e-12)
         assert min(wins for wins, _ in by_prompt) <= low <= rate <= high <= max(wins for wins, _ in by_prompt)
@@ -485,7 +494,7 @@ def test_the_optimum_and_best_of_n_once_more_by_hand(done):
     for row in summary["optimal_frontier"]:
         kls, rewards, golds = [], [], []
         for p in range(5):
-            own = [row for row in rows if row["prompt_id"] == 7 * p]
+            own = [row for row in rows if row["prompt_id"] == p]
             base = [math.exp(y["logp"]["sft"]) / sum(map(math.exp, y["logp"].values())) for y in own]
             mass = [b * math.exp(y["reward"] / row["beta"]) for b, y in zip(base, own)]
             w, w0 = ([m / sum(ms) for m in ms] for ms in (mass, base))
@@ -514,11 +523,11 @@ def test_the_report_holds_the_numbers_and_no_response_breaks_it(done):
     report = (folder / "report.md").read_text()
     for name, x in summary["policies"].items():
         assert f"| {name} | {x['reward']:.3f} [{x['reward_low']:.3f}, {x['reward_high']:.3f}] |" in report
-    assert "model: out/sft, dataset: data/x, samples_per_prompt: 24" in report and "settings" not in report
+    assert "- model: out/sft\n- dataset: data/x\n- samples_per_prompt: 24\n" in report
     assert all(f"- {line}" in report for line in printed.splitlines()[:-1])
     rate, low, high = summary["policies"]["a"]["gold_win_rate_vs"]["sft"]
     assert f"{rate:.3f} [{low:.3f}, {high:.3f}], ties" in report.split("## Win rates by the gold reward")[1]
-    table = report.split("unselected\n\n")[1].splitlines()
+    table = report.split("and their rewards\n\n")[1].split("\n\n")[0].splitlines()
     assert len(table) == 2 + 5 and table[0] == "| prompt | sft | a | b |"
     first = next(row for row in rows if row["policy"] == "b")
     plain = first["response"].replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
@@ -530,7 +539,7 @@ def test_a_second_run_replaces_its_files_by_the_same(done):
     folder = done[0]
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     (folder / "report.md").write_text("old")
-    frontier.main(frontier.Args(input_dir=str(folder)))
+    run_main(folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
@@ -538,7 +547,7 @@ def test_a_second_run_replaces_its_files_by_the_same(done):
 def test_without_gold_reward_of_all_nothing_speaks_of_it(tmp_path, with_gold):
     rows = make_rows()[:with_gold] + make_rows(gold=False)[with_gold:]
     folder = write_answers(tmp_path / "x", rows)
-    frontier.main(frontier.Args(input_dir=str(folder)))
+    run_main(folder)
     assert "gold" not in (folder / "summary.json").read_text() + (folder / "report.md").read_text()
 
 
@@ -548,88 +557,102 @@ def test_what_is_not_known_is_null_and_what_cannot_be_is_warned_of(tmp_path, cap
     for row in rows:
         row["kl_exact"] = wrong.get(row["policy"], row["kl_exact"])
     folder = write_answers(tmp_path / "x", rows, 24)
-    frontier.main(frontier.Args(input_dir=str(folder)))
+    run_main(folder)
     policies, printed = read_summary(folder)["policies"], capsys.readouterr().out
     assert policies["far"]["optimal_reward"] is policies["far"]["frontier_efficiency"] is None
     assert policies["twin"]["frontier_efficiency"] is None is not policies["twin"]["optimal_reward"]
-    assert "far: no efficiency at its KL, 40.00 nats" in printed and "twin: no efficiency" in printed
+    assert "not known how much is possible at its KL, 40.00 nats/response" in printed.split("far: gain")[1]
     assert "WARNING: above is above the optimum" in printed and "WARNING: twin is" not in printed
-    assert "WARNING: off: sampled and exact KL are" in printed and "WARNING: sft" not in printed
+    assert "WARNING: off: exact and sampled KL are" in printed and "WARNING: sft" not in printed
 
 
 def test_one_prompt_and_one_response_are_enough(tmp_path):
     folder = write_answers(tmp_path / "x", make_rows(P=1, S=1), 1)
-    frontier.main(frontier.Args(input_dir=str(folder)))
+    run_main(folder)
     summary = read_summary(folder)
+    assert "The optimum is not known." in (folder / "report.md").read_text()
     assert summary["optimal_frontier"] == [] and [row["n"] for row in summary["best_of_n"]] == [1]
     assert summary["policies"]["a"]["optimal_reward"] is None
 
 
 # ---------------------------------------------------------------------------------------------- wrong inputs
-def spoil(rows, folder, case):
-    """answers.jsonl and meta.json with one thing wrong; a word of what must be said."""
-    if case == "no answers":
-        return folder.mkdir() or "run evaluate.py first"
-    sft = [row for row in rows if row["policy"] == "sft"]
-    changed = {
-        "a policy is missing": (rows[: len(rows) * 2 // 3], "lacks answers of b"),
-        "a response is missing": (rows[:-1], "lacks answers of b"),
-        "prompts in another order": (
-            rows[:60] + rows[72:84] + rows[60:72] + rows[84:],
-            "lacks answers of a",
-        ),
-        "no sft": (rows[60:], "lacks answers of sft"),
-        "only sft": (sft, "no policy but sft"),
-        "a reward that is no number": ([rows[0] | {"reward": math.nan}, *rows[1:]], "ValueError"),
-        "gold reward in part": ([*rows[:-1], make_rows(gold=False)[-1]], "ValueError"),
-        "a field is missing": ([{k: v for k, v in row.items() if k != "length"} for row in rows], "'length'"),
-    }
-    found, said = changed.get(case, (rows, "JSONDecodeError"))
-    write_answers(folder, found)
-    if case not in ("only sft", "half a line"):
-        write_meta = json.loads((folder / "meta.json").read_text())
-        write_meta["policies"] = {"a": "out/a", "b": "out/b"}
-        (folder / "meta.json").write_text(json.dumps(write_meta))
-    if case == "half a line":
-        text = (folder / "answers.jsonl").read_text()
-        (folder / "answers.jsonl").write_text(text[:-40])
-    if case == "no meta":
-        (folder / "meta.json").unlink()
-        said = "FileNotFoundError"
-    if case == "not UTF-8":
-        (folder / "answers.jsonl").write_bytes(b"\xff\xfe{}")
-        said = "UnicodeDecodeError"
-    return said
+def spoil(rows, case):
+    """The rows with one thing wrong."""
+    return {
+        "a policy is missing": rows[: len(rows) * 2 // 3],
+        "the last line is missing": rows[:-1],
+        "a line is missing": rows[:70] + rows[71:],
+        "a line stands twice": rows[:70] + [rows[70], *rows[70:]],
+        "one prompt instead of another": rows[:70] + [rows[14] | {"policy": "a"}, *rows[71:]],
+        "prompts in another order": rows[:60] + rows[72:84] + rows[60:72] + rows[84:],
+        "no sft": rows[60:],
+        "a policy that is not named": [rows[0] | {"policy": "c"}, *rows[1:]],
+        "no policy": [{"prompt_id": 0}, *rows[1:]],
+    }[case]
 
 
-CASES = """no answers, a policy is missing, a response is missing, prompts in another order, no sft, only sft,
-a reward that is no number, gold reward in part, a field is missing, half a line, no meta, not UTF-8"""
+CASES = """a policy is missing, the last line is missing, a line is missing, a line stands twice, one prompt instead of
+another, prompts in another order, no sft, a policy that is not named, no policy""".replace("\n", " ").split(
+    ", "
+)
 
 
-@pytest.mark.parametrize("case", [case.strip() for case in CASES.split(",")])
-def test_wrong_answers_end_in_one_line(tmp_path, capsys, case):
-    said = spoil(make_rows(), tmp_path / "x", case)
-    before = sorted(path.name for path in (tmp_path / "x").iterdir())
+@pytest.mark.parametrize("case", CASES)
+def test_damaged_answers_end_in_one_line_with_advice_that_helps(tmp_path, case):
+    rows = make_rows()
+    folder = write_answers(tmp_path, rows)
+    path = folder / "answers.jsonl"
+    header = path.read_text().splitlines()[0]
+    path.write_text("\n".join([header, *map(json.dumps, spoil(rows, case))]) + "\n")
+    refused(folder, "lacks a line, or has one twice; make it again with evaluate.py --overwrite")
+
+
+def refused(folder, said):
+    before = {path: path.read_bytes() for path in folder.iterdir()}
     with pytest.raises(SystemExit) as error:
-        frontier.main(frontier.Args(input_dir=str(tmp_path / "x")))
-    printed = capsys.readouterr()
-    assert error.value.code == 2 and printed.out == "" and printed.err.count("\n") == 1
-    assert printed.err.startswith("error: ") and said in printed.err and "evaluate.py" in printed.err
-    assert sorted(path.name for path in (tmp_path / "x").iterdir()) == before
+        run_main(folder)
+    assert (
+        error.value.code.startswith("error: ") and said in error.value.code and "\n" not in error.value.code
+    )
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 
-@pytest.mark.parametrize("argv", [["--input", "x"], ["x"], ["--nonsense", "1"], ["--input_dir"]])
-def test_a_wrong_command_line_ends_in_one_line(tmp_path, argv):
-    run = run_script("frontier.py", *argv, cwd=tmp_path)
-    assert run.returncode == 2 and run.stdout == "" and run.stderr.count("\n") == 1
-    assert run.stderr.startswith("error: ") and run.stderr.endswith("; see --help\n")
+def test_other_files_end_in_one_line_too(tmp_path):
+    refused(tmp_path, "answers.jsonl does not exist; run evaluate.py first, or give another --input_dir")
+    text = (write_answers(tmp_path / "x", make_rows()) / "answers.jsonl").read_bytes()
+    for damaged in (b"", text[:-40], text.split(b"\n", 1)[1], b"\xff\xfe{}", b"[]\n", b"3\n", text + b"\n"):
+        (tmp_path / "x/answers.jsonl").write_bytes(damaged)
+        refused(tmp_path / "x", "make it again with evaluate.py --overwrite")
 
 
-def test_a_folder_that_cannot_be_written_ends_in_one_line(tmp_path):
-    folder = write_answers(tmp_path / "x", make_rows())
-    (folder / "frontier.png").mkdir()
-    run = run_script("frontier.py", "--input_dir", folder, cwd=tmp_path)
-    assert run.returncode == 1 and run.stderr.count("\n") == 1 and run.stderr.startswith("error: ")
+@pytest.mark.parametrize(
+    "key, value", [("reward", math.nan), ("kl_exact", math.inf), ("gold_reward", -math.inf)]
+)
+def test_a_number_that_is_not_finite_ends_in_one_line(tmp_path, key, value):
+    rows = make_rows()
+    rows[70][key] = value
+    refused(write_answers(tmp_path, rows), "a number of a is not finite; run evaluate.py --overwrite without")
+
+
+def test_the_advice_helps(chain, tmp_path):
+    """A line is lost, evaluate.py --overwrite makes the answers again, and frontier.py reads them."""
+    shutil.copytree(chain, tmp_path, dirs_exist_ok=True)
+    train = "--steps 1 --prompts_per_step 4 --minibatch_size 4 --eval_prompts 2".split()
+    assert run_script("p3o.py", *train, cwd=tmp_path).returncode == 0
+    small = ["--num_prompts", 2, "--samples_per_prompt", 3]
+    assert run_script("evaluate.py", *small, cwd=tmp_path).returncode == 0
+    path = tmp_path / "out/evaluation/answers.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    assert "evaluate.py --overwrite" in run_script("frontier.py", cwd=tmp_path).stderr
+    assert run_script("evaluate.py", *small, "--overwrite", cwd=tmp_path).returncode == 0
+    done = run_script("frontier.py", cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout.splitlines()[-2].startswith("p3o: gain "), done.stderr
+
+
+def test_a_folder_in_brackets(tmp_path):
+    write_answers(tmp_path / "a [1] b", make_rows())
+    done = run_script("frontier.py", "--input_dir", "a [1] b", cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout.endswith("a [1] b: summary.json, report.md, frontier.png\n")
 
 
 # ------------------------------------------------------------------------------------------------- copied out

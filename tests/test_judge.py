@@ -1,13 +1,17 @@
 """judge.py against a real HTTP server on loopback: fair, biased, silly or failing. HF_HUB_OFFLINE is set."""
 
+import argparse
+import html
 import itertools
 import json
-import os
 import re
 import signal
 import statistics
+import subprocess
+import sys
 import threading
 import time
+import urllib.parse
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -83,7 +87,7 @@ def serve(monkeypatch):
 
 
 def write_answers(folder, texts, S=2, gold=False):
-    """answers.jsonl and meta.json, as far as judge.py reads them; texts: {policy: [responses]}, S a prompt."""
+    """answers.jsonl as far as judge.py reads it; texts: {policy: [responses]}, S a prompt."""
     rows = []
     for name, responses in texts.items():
         for i, text in enumerate(responses):
@@ -91,28 +95,33 @@ def write_answers(folder, texts, S=2, gold=False):
             row |= {"response": text, "reward": 0.0, "logp": dict.fromkeys(texts, -1.0), "kl_exact": 0.0}
             rows.append(row | {"length": 3, "ended": True} | ({"gold_reward": 1.0} if gold else {}))
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    meta = {"samples_per_prompt": S, "policies": {name: f"out/{name}" for name in texts if name != "sft"}}
-    (folder / "meta.json").write_text(json.dumps(meta))
+    header = {"samples_per_prompt": S, "num_prompts": len(next(iter(texts.values()))) // S}
+    header["policies"] = {name: f"out/{name}" for name in texts if name != "sft"}
+    (folder / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [header, *rows]))
+
+
+def arguments(input_dir, url, **options):
+    options = {"judge_model": "some/judge", "judge_criteria": None, "judge_samples": None} | options
+    return argparse.Namespace(**{"input_dir": str(input_dir), "judge_base_url": url} | options)
 
 
 def ask(server, folder, texts=GOOD_AND_BAD, S=2, gold=False, **options):
     """main on answers that are these texts; judge.json."""
     write_answers(folder, texts, S, gold)
-    judge.main(judge.Args(str(folder), server.url, **{"judge_model": "some/judge"} | options))
+    judge.main(arguments(folder, server.url, **options))
     text = (folder / "judge.json").read_text()
     assert "NaN" not in text
     return json.loads(text)
 
 
-def fails(capsys, server, folder, **options):
-    """The one line in which main ends, and its status."""
+def fails(server, folder, **options):
+    """The one line in which main ends."""
     with pytest.raises(SystemExit) as error:
         ask(server, folder, **options)
-    printed = capsys.readouterr()
-    assert printed.err.startswith("error: ") and printed.err.count("\n") == 1 and KEY not in printed.err
+    line = error.value.code
+    assert line.startswith("error: ") and "\n" not in line and KEY not in line
     assert not (folder / "judge.json").exists()
-    return printed.err, error.value.code
+    return line
 
 
 def contents(server):
@@ -240,7 +249,19 @@ def test_answers_in_parts_and_empty_ones(serve, tmp_path):
         ]
 
     assert rate(ask(serve(parts), tmp_path))[0] == 1.0
-    assert ask(serve(lambda *_: None), tmp_path / "b")["unparsable"] == 12
+
+
+@pytest.mark.parametrize("empty", [None, "", " \n", []])
+def test_an_empty_answer_is_counted_now_and_asked_again_by_the_next_run(serve, tmp_path, empty):
+    server = serve(lambda a, b, n: empty if n <= 3 else fair(a, b, n))
+    first = ask(server, tmp_path)
+    assert first["unparsable"] >= 2 and rate(first)[0] == 1.0 and len(server.requests) == 24
+    second = ask(server, tmp_path)
+    assert second["unparsable"] == 0 and rate(second)[0] == 1.0 and len(server.requests) == 27
+    path = tmp_path / "judge.jsonl"  # an older judge.py has kept an empty answer
+    lines = [line for line in path.read_text().split("\n") if line]
+    path.write_text("\n".join([json.dumps(json.loads(lines[0]) | {"answer": ""}), *lines[1:]]))
+    assert ask(server, tmp_path)["unparsable"] == 0 and len(server.requests) == 28
 
 
 # --------------------------------------------------------------------------------------------------- failures
@@ -252,40 +273,39 @@ def test_what_fails_now_and_then_is_asked_again(serve, tmp_path, status):
     assert len(server.requests) == 24 + 11  # every third of 35
 
 
-def test_it_waits_longer_each_time_and_ends(serve, tmp_path, capsys, monkeypatch):
+def test_it_waits_longer_each_time_and_ends(serve, tmp_path, monkeypatch):
     monkeypatch.setattr(judge, "JUDGE_WAITS", (0.02, 0.04, 0.08))
     server, start = serve(lambda *_: (500, "out of order")), time.perf_counter()
-    line, status = fails(capsys, server, tmp_path)
+    line = fails(server, tmp_path)
     assert len(set(contents(server)[:4])) == 1 and len(server.requests) <= 5  # the fifth: another question
-    assert status == 1 and time.perf_counter() - start > 0.14
-    assert (
-        "HTTP 500: out of order" in line and "run again" in line and "judge.jsonl keeps its answers" in line
-    )
+    assert time.perf_counter() - start > 0.14 and "HTTP 500: out of order" in line and "run again" in line
 
 
 @pytest.mark.parametrize("status", [401, 404, 400])
-def test_a_wrong_key_or_name_is_not_asked_again_and_the_server_says_why(serve, tmp_path, capsys, status):
+def test_a_wrong_key_or_name_is_not_asked_again_and_the_server_says_why(serve, tmp_path, status):
     reason = json.dumps({"error": {"message": f"no such model,\n{KEY} or not"}})
     server = serve(lambda *_: (status, reason))
-    line, code = fails(capsys, server, tmp_path)
+    line = fails(server, tmp_path)
     assert len(set(contents(server))) == len(server.requests) <= 2
-    assert code == 1 and f"HTTP {status}: " in line and "no such model" in line
+    assert f"HTTP {status}: " in line and "no such model" in line
 
 
-def test_a_refused_question_is_unparsable_once_others_were_answered(serve, tmp_path):
+def test_a_refused_question_is_unparsable_once_others_were_answered_and_asked_again(serve, tmp_path):
     texts = {"sft": [f"{i}" for i in range(12)], "p3o": [f"better {i}" for i in range(12)]}
     server = serve(lambda a, b, n: (400, "content filter") if "7" in a else fair(a, b, n))
     result = ask(server, tmp_path, texts)
     assert result["unparsable"] == 1 and rate(result)[0] == 1.0 and len(server.requests) == 24
-    assert "content filter" in (tmp_path / "judge.jsonl").read_text()
+    server.judge = fair
+    assert (
+        ask(server, tmp_path, texts)["unparsable"] == 0 and len(server.requests) == 24 + 2
+    )  # response 7 and "better 7", shown first
 
 
-def test_no_server_is_one_line(serve, tmp_path, capsys):
+def test_no_server_is_one_line(serve, tmp_path):
     server = serve(fair)
     server.http.shutdown()
     server.close()
-    line, status = fails(capsys, server, tmp_path)
-    assert status == 1 and "ConnectError" in line
+    assert "ConnectError" in fails(server, tmp_path)
 
 
 def test_many_at_once_lose_nothing(serve, tmp_path, monkeypatch):
@@ -298,50 +318,78 @@ def test_many_at_once_lose_nothing(serve, tmp_path, monkeypatch):
     assert len({json.loads(line)["question"] for line in lines}) == len(lines) == 80
 
 
-def test_a_failing_judge_loses_no_answer(serve, tmp_path, capsys, monkeypatch):
-    """With several at a time: those under way when one fails are kept, and asked by no later run."""
-    monkeypatch.setattr(judge, "JUDGE_WORKERS", 4)
+def test_a_failing_judge_keeps_the_answers_before_it(serve, tmp_path):
     texts = {"sft": [f"{i}" for i in range(12)], "p3o": [f"better {i}" for i in range(12)]}
-    broken = serve(lambda a, b, n: (401, "no credit") if n == 9 else fair(a, b, n), delay=0.05)
-    _, status = fails(capsys, broken, tmp_path, texts=texts)
-    kept = len(broken.requests) - 1
-    assert status == 1 and 8 <= kept < 23
+    server = serve(lambda a, b, n: (401, "no credit") if n == 9 else fair(a, b, n))
+    fails(server, tmp_path, texts=texts)
+    time.sleep(0.3)
+    asked = len(server.requests)
+    assert 9 <= asked <= 10  # one was under way, and its answer is lost
     with open(tmp_path / "judge.jsonl", "a") as file:
         file.write('\n{"question": "half a li')  # killed while writing
-    broken.judge = fair
-    first = ask(broken, tmp_path, texts)
-    assert len(broken.requests) == 1 + 24  # the one that failed, once more
-    second = ask(broken, tmp_path, texts)
-    assert len(broken.requests) == 1 + 24 and second == first
+    server.judge = fair
+    first = ask(server, tmp_path, texts)
+    assert len(server.requests) == asked + 24 - 8 and rate(first)[0] == 1.0
+    second = ask(server, tmp_path, texts)
+    assert len(server.requests) == asked + 24 - 8 and second == first
 
 
-def test_every_answer_is_on_disk_before_the_next_question(serve, tmp_path):
+def test_every_answer_is_on_disk_soon(serve, tmp_path):
+    """All answers but the last one, which may just have been sent, are there when the next question comes."""
+
     def look(a, b, n):
         found.append((tmp_path / "judge.jsonl").read_text().count("}"))
         return fair(a, b, n)
 
     found = []
-    ask(serve(look), tmp_path)
-    assert found == list(range(24))
+    ask(serve(look, delay=0.01), tmp_path)
+    assert all(n - 1 <= count <= n for n, count in enumerate(found)) and len(found) == 24
 
 
-def test_an_interrupted_run_keeps_what_was_under_way(serve, tmp_path, monkeypatch):
-    monkeypatch.setattr(judge, "JUDGE_WORKERS", 4)
-    texts = {"sft": [f"{i}" for i in range(12)], "p3o": [f"better {i}" for i in range(12)]}
+HANGING = r"""
+import itertools, os, time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+numbers = itertools.count()
+class Handler(BaseHTTPRequestHandler):
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        drips = next(numbers) % 2
+        if drips:
+            self.send_response(200)
+            self.end_headers()
+        os.write(1, b"asked\n")
+        while True:
+            time.sleep(0.1)
+            if drips:
+                self.wfile.write(b" ")
+    def log_message(self, *args): pass
+server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+print(server.server_port, flush=True)
+server.serve_forever()
+"""
 
-    def interrupting(a, b, n):
-        if n == 6:
-            os.kill(os.getpid(), signal.SIGINT)
-        return fair(a, b, n)
 
-    server = serve(interrupting, delay=0.05)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
-    with pytest.raises(KeyboardInterrupt):
-        ask(server, tmp_path, texts)
-    signal.signal(signal.SIGINT, before)
-    asked = len(server.requests)
-    ask(server, tmp_path, texts)
-    assert 6 <= asked < 24 and len(server.requests) == 24
+def test_ctrl_c_ends_the_program_whatever_the_server_does(tmp_path):
+    """A process of its own; of eight requests half are never answered, and half get a byte now and then."""
+    write_answers(tmp_path, GOOD_AND_BAD)
+    server = subprocess.Popen([sys.executable, "-c", HANGING], stdout=subprocess.PIPE, text=True)
+    url = f"http://127.0.0.1:{server.stdout.readline().strip()}/v1"
+    command = [sys.executable, ROOT / "judge.py", "--input_dir", tmp_path, "--judge_base_url", url]
+    options = {
+        "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    }  # a background job ignores it
+    program = subprocess.Popen([*command, "--judge_model", "m"], stderr=subprocess.PIPE, text=True, **options)
+    try:
+        for _ in range(8):
+            assert server.stdout.readline() == "asked\n"
+        program.send_signal(signal.SIGINT)
+        _, printed = program.communicate(timeout=20)
+        assert program.returncode == -signal.SIGINT and "KeyboardInterrupt" in printed.splitlines()[-1]
+    finally:
+        program.kill()
+        server.kill()
+        server.wait()
+        server.stdout.close()
 
 
 def test_odd_lines_in_the_cache_are_passed_over(serve, tmp_path):
@@ -381,10 +429,68 @@ def test_the_key_is_in_the_header_and_in_no_file(serve, tmp_path, capsys):
     result = ask(server, tmp_path)
     assert {headers["authorization"] for headers in server.headers} == {f"Bearer {KEY}"}
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert len(files) == 5 and not any(KEY in path.read_text() for path in files)
+    assert len(files) == 4 and not any(KEY in path.read_text() for path in files)
     printed = capsys.readouterr()
     assert KEY not in json.dumps(result) + printed.out + printed.err
     assert not any(server.url in path.read_text() for path in files)  # it may hold a password
+
+
+@pytest.mark.parametrize("end", ["\r\n", "\n", " ", "\t\r\n"])
+def test_the_line_end_of_a_file_is_no_part_of_the_key(serve, tmp_path, monkeypatch, end):
+    monkeypatch.setenv("JUDGE_API_KEY", end + KEY + end)
+    server = serve(fair)
+    assert rate(ask(server, tmp_path))[0] == 1.0
+    assert {headers["authorization"] for headers in server.headers} == {f"Bearer {KEY}"}
+
+
+@pytest.mark.parametrize("key", ["two\nlines", "two words", "\ufeffsk-mark", "sk-\u00e9", "sk-\x00-1"])
+def test_a_key_that_no_header_can_hold_is_refused_and_not_shown(serve, tmp_path, monkeypatch, key):
+    monkeypatch.setattr(judge.os, "environ", {"JUDGE_API_KEY": key})  # the real one holds no zero
+    server = serve(fair)
+    line = fails(server, tmp_path)
+    assert (
+        "JUDGE_API_KEY" in line and key not in line and ascii(key)[1:-1] not in line and not server.requests
+    )
+
+
+ODD = "sk/a\"b+c=d&e<f>%g'h\\i"
+SPELLINGS = {
+    "plain": lambda key: key,
+    "json": lambda key: json.dumps(key),
+    "json in json": lambda key: json.dumps(json.dumps(key)),
+    "repr": repr,
+    "bytes": lambda key: repr(f"Bearer {key}\r\n".encode()),
+    "unicode escapes": lambda key: "".join(f"\\u{ord(c):04X}" for c in key),
+    "hex escapes": lambda key: "".join(f"\\x{ord(c):02x}" for c in key),
+    "url": lambda key: urllib.parse.quote(key),
+    "url, all": lambda key: "".join(f"%{ord(c):02x}" for c in key),
+    "url twice": lambda key: urllib.parse.quote_plus(urllib.parse.quote_plus(key)),
+    "html": html.escape,
+    "html numbers": lambda key: "".join(f"&#{ord(c)};" for c in key),
+    "lower case": str.lower,
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+@pytest.mark.parametrize("key", [KEY, ODD])
+def test_no_spelling_of_the_key_is_shown_or_kept(serve, tmp_path, monkeypatch, key, spelling):
+    """A server answers with it and another fails with it. No eight characters of it in a row are left."""
+    monkeypatch.setenv("JUDGE_API_KEY", key)
+    echo = SPELLINGS[spelling](key)
+    hidden = judge.hide(f"before {echo} after", key)
+    assert hidden.startswith("before ") and hidden.endswith(" after") and "***" in hidden
+    assert not any(echo[i : i + 8] in hidden.replace("Bearer ", "") for i in range(3, len(echo) - 10))
+    fails(serve(lambda *_: (401, f"wrong key {echo}")), tmp_path)
+    ask(serve(lambda a, b, n: f"A {echo}"), tmp_path)
+    text = (tmp_path / "judge.jsonl").read_text() + (tmp_path / "judge.json").read_text()
+    assert "***" in text and key not in text and json.dumps(echo)[1:-1] not in text
+
+
+@pytest.mark.parametrize("key", ["A", "B", "TIE", "x", "none", "EMPTY"])
+def test_a_key_that_is_no_secret_changes_no_verdict(serve, tmp_path, monkeypatch, key):
+    monkeypatch.setenv("JUDGE_API_KEY", key)
+    result = ask(serve(fair), tmp_path)
+    assert rate(result)[0] == 1.0 and result["unparsable"] == 0
 
 
 def test_without_a_key_the_hub_token_stays_at_home(serve, tmp_path, monkeypatch):
@@ -402,33 +508,31 @@ def test_the_script_from_end_to_end(serve, tmp_path):
     write_answers(tmp_path / "out/evaluation", GOOD_AND_BAD)
     run = run_script("judge.py", "--judge_base_url", server.url, "--judge_model", "m", cwd=tmp_path)
     assert run.returncode == 0, run.stderr
-    last = "out/evaluation: 12 pairs, 0 of them unparsable; judge.json, judge.md"
+    last = "out/evaluation: 12 pairs, 0 of them without a verdict; judge.json, judge.md"
     assert run.stdout.splitlines() == ["p3o against sft: 1.000 [1.000, 1.000], ties 0.000", last]
 
 
 @pytest.mark.parametrize(
     "options, said",
     [
-        ({"judge_model": ""}, "give --judge_base_url http://HOST/v1 and --judge_model NAME"),
-        ({"judge_base_url": ""}, "give --judge_base_url http://HOST/v1 and --judge_model NAME"),
-        ({"judge_base_url": "localhost:8000"}, "give --judge_base_url http://HOST/v1"),
-        ({"judge_samples": 3}, "give 0 to 2"),
-        ({"judge_samples": -1}, "give 0 to 2"),
+        ({"url": "localhost:8000"}, "give --judge_base_url http://HOST/v1"),
+        ({"judge_samples": 3}, "give 1 to 2"),
+        ({"judge_samples": 0}, "give 1 to 2"),
         ({"input_dir": "nowhere"}, "run evaluate.py first"),
     ],
 )
-def test_wrong_input_ends_in_one_line(tmp_path, capsys, options, said):
+def test_wrong_input_ends_in_one_line(tmp_path, options, said):
     write_answers(tmp_path, GOOD_AND_BAD)
-    options = {"input_dir": str(tmp_path), "judge_base_url": "http://x/v1", "judge_model": "m"} | options
     with pytest.raises(SystemExit) as error:
-        judge.main(judge.Args(**options))
-    line = capsys.readouterr().err
-    assert error.value.code == 2 and line.startswith("error: ") and said in line and line.count("\n") == 1
+        judge.main(arguments(**{"input_dir": tmp_path, "url": "http://x/v1"} | options))
+    assert (
+        error.value.code.startswith("error: ") and said in error.value.code and "\n" not in error.value.code
+    )
     assert not (tmp_path / "judge.jsonl").exists()
 
 
 def test_what_it_shares_with_frontier_is_the_same():
     texts = {name: (ROOT / f"{name}.py").read_text() for name in ("frontier", "judge")}
-    for function in ("require", "command_line", "read_answers", "bootstrap", "show"):
+    for function in ("check", "read_answers", "bootstrap", "show"):
         sources = [re.search(rf"^def {function}\(.*?\n\n\n", text, re.M | re.S)[0] for text in texts.values()]
         assert sources[0] == sources[1]

@@ -1,613 +1,393 @@
-"""results/reproduce.py: its arithmetic, what it repeats and what it does not, and the README's numbers."""
+"""results/: every table and page is what its runs.jsonl says; runs are trained, measured and refused as promised."""
 
-import csv
 import importlib.util
-import itertools
 import json
-import re
+import math
+import random
+import shutil
 import statistics
 import subprocess
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, run_script, word_tokenizer
 
-import p3o
 import toy
 
+RESULTS = ROOT / "results"
+sys.path.insert(0, str(RESULTS))
+import lib  # noqa: E402
+import toy_task  # noqa: E402
 
-def load(name):
-    """A script of results/ as a module."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "results" / f"{name}.py")
+QUESTIONS = sorted(path.parent.name for path in RESULTS.glob("*/run.py"))
+
+
+def load(path):
+    """A script of results/ as a module of its own."""
+    spec = importlib.util.spec_from_file_location(f"results_{path.parent.name}_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-reproduce = load("reproduce")
-NUMBER = re.compile(r"(?<![\w.-])-?\d+(?:\.\d+)?(?:e-?\d+)?(?![\w]|\.\d)")  # not the digits of P3O-V2
+def blocks(page):
+    return {match[2]: match[0] for match in lib.BLOCK.finditer(page)}
 
 
-BEST, LUCKY = "K 8", "cosine"  # of the settings on seed 0, and on the others, in the logs made here
-
-
-def parse(folder, *words):
-    return reproduce.parse_args([*words, "--folder", str(folder)])
-
-
-def synthetic_log(flags, kl, gain, gold, sha="a"):
-    """What measure() returns, for two prompts with two responses each."""
-    prompts = {
-        "reward": [1 + gain] * 2,
-        "gold": [1 + gold] * 2,
-        "kl": [kl] * 2,
-        "length": [9.0] * 2,
-        "eos": [1.0] * 2,
-    }
-    curve = [
-        {
-            "step": step,
-            "eval_reward": gain * step,
-            "eval_kl_exact": kl * step,
-            "eval_gold": gold * step * (1.5 - step),
-            "eval_gold_even": gold * step * (1.4 - step),
-            "eval_gold_odd": gold * step * (1.6 - step),
-        }
-        | {"clip_fraction": 0.1, "log_ratio_max": 0.5, "grad_norm_min": 0.3, "grad_norm_max": 2.0}
-        for step in (0, 0.5, 1)
-    ]
-    log = {
-        "git_commit": "0123456789",
-        "versions": {},
-        "hardware": "a machine",
-        "minutes": 1.0,
-        "flags": flags,
-    }
-    responses = [[gold, gold + 0.1], [gold, gold - 0.1]]
-    return log | {"prompts": prompts, "gold": responses, "curve": curve, "sha256": sha}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Logs of two seeds of every run; beta is what decides the KL."""
-    folder = tmp_path_factory.mktemp("results")
-    args = parse(folder, "--seeds", "2")
-    reproduce.write_log(
-        args, "sft", synthetic_log({}, 0.0, 0.0, 0.0) | {"reward_spread": 1.3, "reward_variance": 2.0}
-    )
-    kls = [0.01 * i for i in range(801)]
-    optimum = {
-        "kl": kls,
-        "reward": [1 + 2 * kl**0.5 for kl in kls],
-        "gold_reward": [1 + kl**0.5 for kl in kls],
-    }
-    reproduce.write_log(args, "optimum", optimum)
-    for experiment in (*reproduce.EXPERIMENTS, "distance"):  # again: its later runs depend on the first
-        for run in reproduce.plan(experiment, args):
-            kl = 0.8 / run["beta"] + 0.1 * run["seed"]
-            gain = (1 + 0.1 * (run["method"] == "p3o-v2")) * kl**0.5 + 0.01 * run["seed"]
-            gain -= (
-                0.02 * (run["method"] == "ppo" and "offsets" in run) * run.get("times", 0)
-            )  # they cost PPO
-            gain += 0.03 * (run.get("setting") == BEST) + 0.1 * (
-                run.get("setting") == LUCKY and run["seed"] > 0
-            )
-            log = synthetic_log(
-                run["flags"],
-                kl,
-                gain,
-                gain / 2,
-                sha=f"p3o {run['seed']}" if run["method"] == "p3o-v2" else run["name"],
-            )
-            reproduce.write_log(args, run["name"], log)
-    errors = {"PPG": 1.0, "VPG": 50.0, "leave-one-out": 1.0, "PPO, whitened": 0.5}
-    errors = {name: {"variance": x, "cosine": 1 / (1 + x), "error": x} for name, x in errors.items()}
-    errors |= {"norm of the truth": 1.0}
-    variance = {"batches": 3, "policies": {"SFT": errors, "after PPO": errors}}
-    reproduce.write_log(args, "variance", synthetic_log({}, 0, 0, 0) | variance)
-    return folder
-
-
-def table(folder, experiment):
-    with open(folder / f"{experiment}.csv") as file:
-        return list(csv.DictReader(file))
-
-
-def test_plots_only_writes_everything(folder, monkeypatch):
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_the_committed_page_is_what_the_runs_say(question, tmp_path, monkeypatch, capsys):
+    """Rebuilt from a page whose tables are empty; a number changed in runs.jsonl changes the page."""
+    module, home = load(RESULTS / question / "run.py"), tmp_path / question
+    page = (RESULTS / question / "README.md").read_text()
+    home.mkdir()
+    (home / "README.md").write_text(lib.BLOCK.sub(lambda match: f"{match[1]}{match[3]}", page))
+    shutil.copy(RESULTS / question / "runs.jsonl", home)
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("nothing may be started"))
-    reproduce.main(parse(folder, "--plots_only", "--seeds", "2"))
-    for experiment in reproduce.EXPERIMENTS:
-        assert (folder / f"{experiment}.png").stat().st_size > 5000
-        text = (folder / f"{experiment}.md").read_text()
+    monkeypatch.setattr(module, "__file__", str(home / "run.py"))
+    module.main(["--plots_only"])
+    assert (home / "README.md").read_text() == page
+    said = capsys.readouterr().out
+    assert "read from runs.jsonl" in said and "trained" not in said and "Missing:" not in page
+    assert (home / "picture.png").stat().st_size > 10_000
+    lib.write_lines(home / "runs.jsonl", doubled(lib.read_lines(home / "runs.jsonl")))
+    module.main(["--plots_only"])
+    assert (home / "README.md").read_text() != page
+
+
+def doubled(value, found=False):
+    """The same lines, but that KL, speed and gains are twice as large."""
+    if isinstance(value, dict):
+        names = "kl", "completions_per_second", "reward_gain"
+        return {x: doubled(y, x in names) for x, y in value.items()}
+    if isinstance(value, list):
+        return [doubled(x, found) for x in value]
+    return 2 * value if found else value
+
+
+def test_sizes():
+    files = [path for path in RESULTS.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    assert len(files) <= 100 and sum(path.stat().st_size for path in files) <= 4e6
+    lines = {path: len(path.read_text().splitlines()) for path in files if path.suffix == ".py"}
+    assert sum(lines.values()) <= 1700 and lines[RESULTS / "lib.py"] <= 350
+    assert all(lines[RESULTS / question / "run.py"] <= 120 for question in QUESTIONS)
+    assert len((RESULTS / "README.md").read_text().splitlines()) <= 100
+
+
+def test_the_first_page_gives_the_answer_of_every_question():
+    """And no page has a text of a data set: the lines hold numbers, apart from what the quick start printed."""
+    first = (RESULTS / "README.md").read_text()
+    for question in QUESTIONS:
+        title, answer = (RESULTS / question / "README.md").read_text().split("\n\n")[:2]
+        assert answer.startswith("**") and answer.strip("*") in first, question
         assert (
-            f"Commit 0123456; seeds {int(experiment not in ('tuning', 'distance'))}" in text
-            and "a machine" in text
-            and "missing" not in text
+            f"## [{title.strip('# ')}]({question}/README.md)" in first
+            and f"]({question}/picture.png)" in first
         )
-        cells = {
-            n for row in table(folder, experiment) for cell in row.values() for n in NUMBER.findall(cell)
-        }
-        shown = [line for line in text.splitlines() if line.startswith("|")]
-        assert shown and {n for line in shown for n in NUMBER.findall(line)} <= cells | {"90", "95"}
-    rows = table(folder, "equivalence")
-    assert {row["identical weights"] for row in rows if row["method"] == "p3o-v2"} == {"2 of 2"}
-    assert {row["identical weights"] for row in rows if row["method"] == "ppo" and row["times"] == "4"} == {
-        "0 of 2"
-    }
-    lost = {
-        (row["method"], row["offsets"], row["times"]): row["objective lost"]
-        for row in rows
-        if row["objective lost"]
-    }
-    for kind in ("noise", "by place"):
-        assert lost["p3o-v2", kind, "16"] == "0.000" and lost["ppo", kind, "16"] == "0.320"
-    assert len(lost) == 26
-    ahead = {
-        (row["offsets"], row["times"]): float(row["difference"])
-        for row in rows
-        if row["p3o-v2 minus"] == "ppo"
-    }
-    assert ahead["noise", "0"] == ahead["by place", "0"]
-    for kind in ("noise", "by place"):
-        assert ahead[kind, "16"] - ahead[kind, "0"] == pytest.approx(0.32, abs=2e-3)
-    rows = [row for row in table(folder, "overoptimisation") if row["gold at the peak"]]
-    for (
-        row
-    ) in rows:  # the even prompts are highest half way, and the odd ones tell what was there: 0.55 of 0.6
-        assert float(row["gold at the peak"]) == pytest.approx(
-            float(row["gold at the end"]) * 0.55 / 0.6, abs=2e-3
+        for line in lib.read_lines(RESULTS / question / "runs.jsonl"):
+            assert not {"prompt", "response", "text", "samples"} & set(line) and "Human:" not in json.dumps(
+                line
+            )
+
+
+# ------------------------------------------------------------------------------------------------ statistics
+def test_the_t_interval_by_hand_and_its_quantiles_by_integration():
+    assert lib.t_interval([2.0]) == (2.0, None, None)
+    mean, low, high = lib.t_interval([1.0, 2.0, 4.0, 5.0])
+    deviation = math.sqrt(((1 - 3) ** 2 + (2 - 3) ** 2 + (4 - 3) ** 2 + (5 - 3) ** 2) / 3)
+    assert mean == 3 and high - 3 == pytest.approx(3.182 * deviation / 2) == pytest.approx(3 - low)
+    for degrees, t in enumerate(lib.T975, 1):  # the density's integral from 0 to t is 0.475
+        scale = math.gamma((degrees + 1) / 2) / math.gamma(degrees / 2) / math.sqrt(degrees * math.pi)
+        step = t / 20000
+        points = ((1 + ((i + 0.5) * step) ** 2 / degrees) ** (-(degrees + 1) / 2) for i in range(20000))
+        assert sum(points) * step * scale == pytest.approx(0.475, abs=2e-5), degrees
+
+
+def test_intervals_take_all_seeds_and_differences_go_seed_by_seed():
+    ours = [{"seed": 1, "x": 3.0}, {"seed": 2, "x": 5.0}, {"seed": 4, "x": 9.0}]
+    theirs = [{"seed": 2, "x": 4.0}, {"seed": 1, "x": 1.0}, {"seed": 3, "x": None}]
+    assert lib.paired(ours, theirs, "x")[0] == 1.5 and lib.interval(ours, "x")[0] == pytest.approx(17 / 3)
+    assert (
+        lib.interval(theirs, "x") is None
+        and lib.interval([], "x") is None
+        and lib.paired(ours, [], "x") is None
+    )
+
+
+def test_the_bootstrap_is_that_of_a_plain_loop():
+    language, values = load(RESULTS / "language/run.py"), [random.Random(i).gauss(1, 2) for i in range(40)]
+    tensor = torch.tensor(values, dtype=torch.float64)
+    value, low, high = language.bootstrap(lambda share: share @ tensor, 40)
+    rng, means = random.Random(0), []
+    for _ in range(4000):
+        means.append(statistics.fmean(rng.choice(values) for _ in values))
+    means.sort()
+    assert value == pytest.approx(statistics.fmean(values))
+    assert low == pytest.approx(means[100], abs=0.08) and high == pytest.approx(means[3900], abs=0.08)
+
+
+def test_a_method_with_a_known_share_of_the_optimum_gets_it_back():
+    """However few its points are: chords between gains would make even the optimum look worse than it is."""
+    frontier = load(RESULTS / "frontier/run.py")
+    kls = [0.01 * i for i in range(801)]
+    found = SimpleNamespace(sft={"reward": 1.0}, optimum={"kl": kls, "reward": [1 + 2 * x**0.5 for x in kls]})
+    assert toy_task.best_gain(found, 2.25) == pytest.approx(3.0) and toy_task.best_gain(found, 8.1) is None
+    points = [{"kl": kl, "share": 0.95 - 0.1 * kl**0.5} for kl in (2.5, 0.05, 0.9)] + [
+        {"kl": 9.0, "share": None}
+    ]
+    for kl in (0.05, 0.3, 1.0, 2.5):
+        expected = (0.95 - 0.1 * kl**0.5) * 2 * kl**0.5
+        assert frontier.gain_at(found, points, kl) == pytest.approx(expected)
+    assert frontier.gain_at(found, points, 2.6) is None
+    assert frontier.gain_at(found, points[:1], 1.0) == pytest.approx((0.95 - 0.1 * 2.5**0.5) * 2)
+
+
+def test_wins_over_all_pairs_at_a_prompt():
+    frontier = load(RESULTS / "frontier/run.py")
+    a, b = torch.randint(0, 4, (2, 128, 3), generator=torch.Generator().manual_seed(0)).double()
+    difference = a.unsqueeze(2) - b.unsqueeze(1)
+    ties = (difference == 0).double().mean().item()
+    wins = (difference > 0).double().mean().item() + ties / 2
+    assert frontier.win_rate(a.flatten().tolist(), b.flatten().tolist()) == pytest.approx(
+        (100 * wins, 100 * ties)
+    )
+
+
+def test_a_number_is_shown_with_two_digits_of_its_interval():
+    cells = {(1.23456, 1.2, 1.3): "1.235 [1.200, 1.300]", (0.42, 0.0077, 0.832): "0.42 [0.01, 0.83]"}
+    cells |= {(-0.17, -0.357, -0.0023): "-0.170 [-0.357, -0.002]"}  # two would hide the side of 0
+    cells |= {(1.0716, 0.655, 1.49): "1.07 [0.66, 1.49]", (189.0, 123.0, 214.0): "189 [123, 214]"}
+    cells |= {(0.5, None, None): "0.500", None: "", "text": "text", (0.0, 0.0, 0.0): "0.000 [0.000, 0.000]"}
+    assert {cell: lib.show(cell) for cell in cells} == cells
+
+
+# ------------------------------------------------------------------------------------------------------ runs
+TINY = {"steps": 2, "prompts_per_step": 4, "minibatch_size": 4, "num_responses": 2, "eval_prompts": 8}
+
+
+@pytest.fixture
+def world(chain, tmp_path, monkeypatch):
+    """The toy with the few steps of `chain` in place of its models, few answers, and scripts that start at once."""
+
+    class Tiny(toy_task.Toy):
+        def prepare(self, args):
+            self.flags = {"device": args.device}
+            data = {name: chain / "data/toy" / name for name in ("prompts", "preferences")}
+            return {"model": chain / "out/sft", "reward_model": chain / "out/reward_model"} | data
+
+    def start(command, cwd=None, **options):
+        if command[0] != sys.executable:
+            return subprocess.CompletedProcess(command, 0, "0123456\n", "")
+        started.append(command[1])
+        return run_script(*command[1:], cwd=chain)
+
+    started = []
+    monkeypatch.setattr(lib, "OUT", tmp_path / "out")
+    monkeypatch.setattr(toy_task, "PROMPTS", 4)
+    monkeypatch.setattr(toy_task, "RESPONSES", 2)
+    monkeypatch.setattr(lib.subprocess, "run", start)
+    tiny = Tiny()
+    tiny.started = started
+    return tiny
+
+
+def a_question(path, method):
+    """A folder with the least that a question needs, as results/README.md says it."""
+    path.mkdir()
+    (path / "run.py").write_text(f"""
+import lib
+PLAN = [lib.run({method!r}, seed, **{TINY!r}) for seed in (1, 2)]
+def tables(found):
+    return {{"gains": [{{"method": {method!r}, "gain": lib.interval(found.points, "gain")}}]}}
+def picture(found):
+    figure, (axis,) = lib.axes()
+    lib.curve(axis, {method!r}, [0], [lib.interval(found.points, "gain")])
+    return figure
+""")
+    return load(path / "run.py")
+
+
+def test_a_method_and_a_question_are_added(world, tmp_path, monkeypatch, capsys):
+    """Trained and measured by the real scripts; a second command trains nothing, and says so."""
+    monkeypatch.setitem(lib.METHODS, "mine", lib.Method("p3o.py", "#000000", 1e-3, {"clip_range": 0.5}))
+    question, home = a_question(tmp_path / "mine", "mine"), tmp_path / "mine"
+
+    def run(*words):
+        lib.main(home / "run.py", question.PLAN, question.tables, question.picture, world, words)
+
+    run("--seeds", "1")
+    assert world.started == ["p3o.py", "evaluate.py"] and not (home / "runs.jsonl").exists()
+    assert "1 runs trained and measured now" in capsys.readouterr().out
+    run("--keep")
+    assert world.started == ["p3o.py", "evaluate.py"] * 2, "the first seed is not trained again"
+    sft, *lines = lib.read_lines(home / "runs.jsonl")
+    assert [line["flags"]["seed"] for line in lines] == [1, 2] and sft["method"] == "SFT"
+    assert all(
+        line["flags"]["clip_range"] == 0.5 and line["flags"]["learning_rate"] == 1e-3 for line in lines
+    )
+    assert all(line["minutes"] >= 0 and line["weights"] and line["hardware"] for line in lines)
+    gains = lib.t_interval([line["reward"] - sft["reward"] for line in lines])
+    page = (home / "README.md").read_text()
+    assert f"| mine | {lib.show(gains)} |" in page and "2 runs, seeds 1, 2" in page
+    assert (home / "picture.png").exists()
+    capsys.readouterr()
+    run()
+    said = capsys.readouterr().out
+    assert (
+        len(world.started) == 4
+        and "0 runs trained and measured now" in said
+        and "1 of 1 numbers overlap" in said
+    )
+    old = [line | {"base": "another"} for line in lib.read_lines(home / "runs.jsonl")]
+    lib.write_lines(home / "runs.jsonl", old)
+    with pytest.raises(SystemExit, match="another SFT model"):  # half of the runs would be of another machine
+        run("--seeds", "1", "--keep")
+    assert lib.read_lines(home / "runs.jsonl") == old
+
+
+def test_a_leftover_folder_of_another_setting_is_refused(world, tmp_path):
+    paths, (first, *_) = world.prepare(SimpleNamespace(device="cpu")), a_question(tmp_path / "a", "P3O").PLAN
+    folder = lib.OUT / "a" / lib.name_of(first)
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(b"left over")
+    with pytest.raises(SystemExit, match="another setting"):  # nobody knows what it is
+        lib.train_run(first, folder, paths, {})
+    shutil.rmtree(folder)
+    calls = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            lib, "call", lambda script, *words, **flags: (calls.append(words), folder.mkdir(exist_ok=True))
         )
-        assert row["lowest after it"] == row["gold at the peak"]
-    assert len(rows) == 4
-    rows = [row for row in table(folder, "distance") if row["table"].startswith("default")]
-    assert {row["more than default"][:5] for row in rows if row["setting"] == "default"} == {"0.000"}
-    (best,) = {row["setting"] for row in rows if row["method"] == "p3o-v2"} - {"default"}
-    assert best == BEST and {row["more than default"][:5] for row in rows if row["setting"] == best} == {
-        "0.030"
+        lib.train_run(first, folder, paths, {})
+        lib.train_run(first, folder, paths, {})  # it has ended: nothing to do
+        assert calls == [()]
+        for other in (first | {"flags": first["flags"] | {"beta": 0.1}}, first | {"script": "ppo.py"}):
+            with pytest.raises(SystemExit, match="another setting"):
+                lib.train_run(other, folder, paths, {})
+        with pytest.raises(SystemExit, match="another setting"):  # the same flags from another SFT model
+            lib.train_run(first, folder, paths | {"model": paths["reward_model"]}, {})
+        record = folder.parent / f"{folder.name}.setting.json"
+        record.write_text(record.read_text().replace("true", "false"))  # it was killed: it goes on
+        (folder / "args.json").write_text("{}")
+        lib.train_run(first, folder, paths, {})
+        assert calls == [(), ("--resume",)]
+    assert not world.started
+
+
+def test_a_rerun_is_compared_number_by_number(capsys):
+    before = {
+        "t": [{"method": "P3O", "x": (1.0, 0.9, 1.1), "y": (5.0, None, None)}, {"method": "PPO", "x": None}]
     }
-    rows = {row["method"]: row for row in table(folder, "critic")}
-    assert rows["ppo"]["minus ppo"] == "0.000" != rows["ppo-lam1"]["objective"]
-    assert rows["ppo"]["norm, minimum"] == "0.300" and rows["ppo"]["norm, maximum"] == "2.000"
-    paired = [row for row in table(folder, "frontier") if row["p3o-v2 minus"] == "ppo" and row["KL"] == "2"]
-    assert 0.05 < float(paired[0]["difference"]) < 0.15 * 2**0.5
-    paper = [row["paper, GPT-4, HH %"] for row in table(folder, "head_to_head") if row["against"] == "sft"]
-    assert "69.3" in paper
+    now = {
+        "t": [
+            {"method": "P3O", "x": (1.15, 1.05, 1.25), "y": (6.0, 5.5, 6.5)},
+            {"method": "PPO", "x": (1.0, 0.9, 1.1)},
+        ]
+    }
+    lib.compare(before, now)
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].endswith("now 1.15 [1.05, 1.25]: overlaps") and said[1].endswith("DIFFERS")
+    assert said[2] == "1 of 2 numbers overlap with the committed ones"
 
 
-def test_a_missing_run_is_named_and_left_out(folder, tmp_path, capsys):
-    (tmp_path / "logs").mkdir()
-    gone = f"ppg_beta{reproduce.BETA:g}_epochs8_seed2"
-    for path in (folder / "logs").glob("*.json"):
-        if path.stem != gone:
-            (tmp_path / "logs" / path.name).symlink_to(path)
-    reproduce.main(parse(tmp_path, "staleness", "--plots_only", "--seeds", "2"))
-    assert f"missing: {gone}" in capsys.readouterr().out
-    assert f"missing: {gone}" in (tmp_path / "staleness.md").read_text()
-    seeds = {(row["method"], row["epochs"]): row["seeds"] for row in table(tmp_path, "staleness")}
-    assert seeds["ppg", "8"] == "1" and seeds["p3o-v1", "8"] == "2"
-
-
-def test_interpolation_is_linear_in_the_root_of_the_kl():
-    points = [
-        (4.0, 3.0),
-        (1.0, 1.0),
-    ]  # between them gain = 2 sqrt(KL) - 1; below 1 to the SFT model: sqrt(KL)
-    assert reproduce.interpolate(points, [2.25, 4.0, 0.25, 4.01]) == pytest.approx([2.0, 3.0, 0.5, None])
-    assert reproduce.interpolate([(0.0, 0.0)], [0.5]) == [None]  # a policy that never moved
-
-
-def optimum(kl):
-    """Gains of some optimum: neither linear nor linear in the root of the KL."""
-    return [2 * k**0.5 - 0.3 * k for k in kl]
-
-
-@pytest.mark.parametrize(
-    "share",
-    [lambda kl: 1.0, lambda kl: 0.9, lambda kl: 0.95 - 0.1 * kl**0.5],
-    ids=["the optimum", "a constant share", "a falling share"],
-)
-def test_uneven_points_give_a_known_curve_back(share):
-    """Chords between gains would not: an exactly optimal policy would seem worse for having few points."""
-    kls, wanted = [0.05, 0.9, 2.5], [0.05, 0.3, 1.0, 2.0, 2.5]
-    points = [(kl, share(kl) * optimum([kl])[0]) for kl in kls]
-    expected = [share(kl) * best for kl, best in zip(wanted, optimum(wanted))]
-    for order in itertools.permutations(points):
-        found = reproduce.interpolate_shares(list(order), wanted, optimum)
-        assert found == pytest.approx(expected, rel=1e-9)
-    chords = reproduce.interpolate(points, wanted)
-    assert chords != pytest.approx(expected, rel=1e-3)
-
-
-def test_shares_beyond_the_points():
-    points = [(1.0, 0.5 * optimum([1.0])[0]), (0.0, 0.0)]
-    found = reproduce.interpolate_shares(points, [0.25, 1.0, 1.1], optimum)
-    assert found == pytest.approx([0.5 * optimum([0.25])[0], 0.5 * optimum([1.0])[0], None])
-    assert reproduce.interpolate_shares([(0.0, 0.0)], [0.5], optimum) == [None]
-
-
-def test_wins_over_all_cross_pairs():
-    a, b = [[1.0, 2.0, 2.0], [0.0, 5.0, 1.0]], [[2.0, 0.0, 1.0], [5.0, 5.0, -1.0]]
-    outcomes = [(x > y) + 0.5 * (x == y) for rows in zip(a, b) for x in rows[0] for y in rows[1]]
-    ties = [x == y for rows in zip(a, b) for x in rows[0] for y in rows[1]]
-    assert reproduce.win_and_tie_rate(a, b) == pytest.approx((sum(outcomes) / 18, sum(ties) / 18))
-    assert reproduce.win_and_tie_rate(b, a)[0] == pytest.approx(1 - sum(outcomes) / 18)
-
-
-def test_the_win_rate_interval_covers_what_other_trainings_would_give():
-    """Trainings differ, and both policies draw with the same random numbers: still 95% or nearly."""
-    generator = torch.Generator().manual_seed(0)
-    base = torch.randn(32, 6, generator=generator, dtype=torch.float64)  # of six texts at 32 prompts
-    gold = torch.randn(32, 6, generator=generator, dtype=torch.float64)
-
-    def trained(better):  # text probabilities (32, 6) of a training: nearer to the gold reward, by luck too
-        luck = 0.3 * torch.randn(1, generator=generator, dtype=torch.float64)
-        return (base + (better + luck) * gold).softmax(1)
-
-    def true_rate(a, b):
-        difference = gold.unsqueeze(2) - gold.unsqueeze(1)
-        score = (difference > 0).double() + (difference == 0).double() / 2
-        return torch.einsum("pi,pij,pj->p", a, score, b).mean().item()
-
-    truth = sum(true_rate(trained(0.4), trained(0.0)) for _ in range(1000)) / 1000
-    covered, by_wilson = 0, 0
-    for _ in range(200):
-        rates, draws = [], []
-        for _ in range(5):
-            uniform = torch.rand(32, 8, generator=generator, dtype=torch.float64)  # of both policies
-            texts = [torch.searchsorted(trained(x).cumsum(1), uniform).clamp(max=5) for x in (0.4, 0.0)]
-            draws.append([gold.gather(1, text) for text in texts])
-            rates.append(reproduce.win_and_tie_rate(*(x.tolist() for x in draws[-1]))[0])
-        row = reproduce.stat("wins", rates)
-        covered += row["wins_low"] < truth < row["wins_high"]
-        _, low, high = reproduce.theory.win_rate(*(torch.cat(x).flatten() for x in zip(*draws)))
-        by_wilson += low < truth < high
-    assert 0.91 <= covered / 200 <= 0.98
-    assert by_wilson / 200 < 0.85  # what pooled draws give, as if there had been one training
-
-
-def test_errors_of_estimators_with_a_known_truth():
-    """Gradients of ten numbers: truth t, an unbiased noisy one, a biased one with little noise."""
-    generator, truth = torch.Generator().manual_seed(0), torch.arange(1.0, 11.0, dtype=torch.float64)
-
-    def batches(count):
-        for _ in range(count):
-            noise = torch.randn(2, 10, generator=generator, dtype=torch.float64)
-            yield {"PPO, lam = 1": truth + 2 * noise[0], "biased": truth * 0.5 + 0.1 * noise[1]}
-
-    mean, noise = reproduce.true_gradient(batches(4000))
-    torch.testing.assert_close(mean, truth, rtol=0, atol=0.15)
-    assert noise == pytest.approx(10 * 4 / 4000, rel=0.1)
-    table, square = reproduce.errors_of(batches(4000), mean, noise), (truth @ truth).item()
-    assert table["PPO, lam = 1"]["variance"] == pytest.approx(40, rel=0.05)
-    assert table["PPO, lam = 1"]["error"] == pytest.approx(40 / square, rel=0.05)
-    assert table["biased"]["error"] == pytest.approx(0.25 + 0.1 / square, rel=0.05)
-    assert table["biased"]["cosine"] > 0.999 > table["PPO, lam = 1"]["cosine"] > 0.9
-
-
-def test_offsets_between_prompts_and_what_chance_makes_of_none():
-    log = {"reward_spread": 1.5, "prompts": {"reward": [1.0, 2.0, 6.0], "gold": [0.0, 0.0, 3.0]}}
-    log["gold"] = [
-        [-2.0, -1.0, 1.0, 2.0],
-        [-4.0, -2.0, 2.0, 4.0],
-        [0.0, 0.0, 0.0, 0.0],
-    ]  # variances 10/3, 40/3, 0
-    log["reward_variance"] = 4.0
-    model, gold = reproduce.offsets(log)
-    assert list(model.values()) == ["reward model", 1.5, pytest.approx(7**0.5), 1.0]
-    spread = ((10 / 3) ** 0.5 + (40 / 3) ** 0.5) / 3
-    assert list(gold.values())[1:] == pytest.approx([spread, 3**0.5, (50 / 9 / 4) ** 0.5])
-
-
-def test_offsets_by_place_are_exact_and_as_large_as_asked():
+# ------------------------------------------------------------------------------------------- single questions
+def test_offsets_by_place_are_exact_as_large_as_asked_and_those_of_the_place():
     """float64 adds them without rounding, so that P3O, which sees differences, cannot tell."""
-    shift = load("shift_by_place")
-    offsets = torch.tensor(list(shift.place_offsets(6.8).values()), dtype=torch.float64)
+    script = load(RESULTS / "invariance/offsets_by_place.py")
+    offsets = torch.tensor(list(script.place_offsets(6.8).values()), dtype=torch.float64)
     assert offsets.std(unbiased=False).item() == pytest.approx(6.8, rel=1e-2) and abs(offsets.mean()) < 0.01
     scores = torch.randn(1000, 2, generator=torch.Generator().manual_seed(0)).double().unsqueeze(-1)
     shifted = scores + offsets
     assert torch.equal(shifted[:, 0] - shifted[:, 1], (scores[:, 0] - scores[:, 1]).expand_as(shifted[:, 0]))
-
-
-def test_a_script_with_offsets_by_place_adds_that_of_the_place_in_the_prompt(monkeypatch):
-    """On the toy's own prompts: each asks about one place."""
-    shift, seen = load("shift_by_place"), []
-    monkeypatch.setattr(
-        p3o, "load_reward", lambda tokenizer, args: lambda batch: torch.zeros(len(batch["prompt"]))
+    module = SimpleNamespace(
+        load_reward=lambda tokenizer, args: lambda batch: torch.zeros(len(batch["prompt"]))
     )
-    monkeypatch.setattr(
-        p3o, "guard", lambda main, args: seen.append(p3o.load_reward(None, p3o.Args(device="cpu")))
+    script.add_offsets(module, 6.8)
+    prompts = [f"{toy.OPENINGS[0]} {toy.ENDINGS[0]}".format(place, toy.ASPECTS[0]) for place in toy.PLACES]
+    found = module.load_reward(None, None)({"prompt": prompts}).tolist()
+    assert found == [script.place_offsets(6.8)[place] for place in toy.PLACES] and len(set(found)) > 3
+
+
+def test_a_script_with_offsets_by_place_starts(chain, tmp_path):
+    words = [word for x, y in (TINY | {"device": "cpu"}).items() for word in (f"--{x}", y)]
+    script = "results/invariance/offsets_by_place.py"
+    done = run_script(
+        script, "p3o.py", "--place_shift", 27.0, *words, "--output_dir", tmp_path / "a", cwd=chain
     )
-    shift.main("p3o.py", 6.8)
-    offsets = shift.place_offsets(6.8)
-    asked = [(place, toy.ASPECTS[0]) for place in toy.PLACES]
-    prompts = [f"{opening} {toy.ENDINGS[0]}".format(*pair) for pair in asked for opening in toy.OPENINGS]
-    found = seen[0]({"prompt": prompts}).tolist()
-    assert found == [offsets[place] for place, _ in asked for _ in toy.OPENINGS] and len(set(found)) > 3
+    assert done.returncode == 0 and (tmp_path / "a/model.safetensors").exists(), done.stderr
 
 
-@pytest.mark.parametrize(
-    "change, rates, beta2",
-    [
-        ("constant", [1.0, 1.0, 1.0, 1.0], 0.95),
-        ("cosine", [1.0, 0.853553, 0.5, 0.146447], 0.95),
-        ("0.999", [1.0, 0.75, 0.5, 0.25], 0.999),
-    ],
-)
-def test_an_optimizer_with_another_schedule(change, rates, beta2):
-    """The first step of Adam is as long as the rate; the second run goes on from the state of the first."""
-    adam, weight = load("with_optimizer").make_adam(change), torch.nn.Parameter(torch.zeros(1))
-
-    def build():
-        return adam([weight], 1.0, betas=(0.9, 0.95), eps=0.0, fused=True)  # the rate as ppo.py gives it
-
-    optimizer = build()
-    for step, rate in enumerate(rates):
-        if step == 2:
-            state, optimizer = optimizer.state_dict(), build()
-            optimizer.load_state_dict(state)
-        optimizer.param_groups[0]["lr"] = 1.0 - step / 4  # as the scripts set it
-        before, weight.grad = weight.item(), torch.ones(1)
-        optimizer.step()
-        assert before - weight.item() == pytest.approx(rate, abs=1e-5)
-        assert optimizer.param_groups[0]["lr"] == 1.0 - step / 4
-    assert optimizer.param_groups[0]["betas"] == (0.9, beta2)
-
-
-def test_responses_needed():
-    curve = [(4000, 0.9), (1000, 0.8), (16000, 0.98)]
-    assert reproduce.responses_to(curve, 0.85) == 2000  # half way on a logarithmic scale
-    assert reproduce.responses_to(curve, 0.94) == 8000
-    assert reproduce.responses_to(curve, 0.7) == "at most 1000"
-    assert reproduce.responses_to(curve, 0.99) is None
+def test_no_review_is_in_two_splits_and_pairs_are_balanced(monkeypatch):
+    language = load(RESULTS / "language/run.py")
+    reviews_of = sys.modules["film_reviews"]
+    for name, value in {"SFT": 60, "VALIDATION": 8, "TEST": 9, "PAIRS": 6}.items():
+        monkeypatch.setattr(reviews_of, name, value)
+    rng, rows = random.Random(0), []
+    for i in range(500):
+        words = [f"w{rng.randrange(3, 300)}" for _ in range(rng.randrange(6, 30))]
+        rows.append({"text": " ".join(words), "label": i % 2})
+    monkeypatch.setattr(reviews_of.datasets, "load_dataset", lambda **_: rows)
+    reviews = reviews_of.read_reviews("hub", word_tokenizer(300))
+    label, homes = {row["text"].strip(): row["label"] for row in rows}, {}
+    splits = reviews_of.make_splits(reviews)
+    assert [len(splits["prompts"][x]) for x in ("validation", "test")] == [8, 9] and language.PLAN
+    held_out = {row["prompt"] for x in ("validation", "test") for row in splits["prompts"][x]}
+    assert len(held_out) == 17 and not held_out & {row["prompt"] for row in splits["prompts"]["train"]}
+    for split in ("train", "validation", "test"):
+        for row in splits["sft"][split]:
+            homes.setdefault(row["text"].strip(), set()).add(("sft", split))
+    for name in ("pairs", "judge_pairs"):
+        for split, pairs in splits[name].items():
+            for column, wanted in (("chosen", 1), ("rejected", 0)):
+                texts = [pair[column].strip() for pair in pairs]
+                assert {texts.count(text) for text in texts} == {2} and {label[x] for x in texts} == {wanted}
+                for text in texts:
+                    homes.setdefault(text, set()).add((name, split))
+    assert len(homes) > 300 and all(len(home) == 1 for home in homes.values())
 
 
-def test_t_interval():
-    mean, low, high = reproduce.t_interval([1.0, 2.0, 3.0, 4.0, 5.0])
-    half = 2.776 * 2.5**0.5 / 5**0.5  # variance 2.5, 4 degrees of freedom
-    assert (mean, low, high) == pytest.approx((3.0, 3 - half, 3 + half))
-    assert reproduce.t_interval([2.0]) == (2.0, None, None)
-    assert reproduce.stat("x", [1.0, None]) == {"x": None, "x_low": None, "x_high": None}
+def test_best_of_n_and_the_optimum_of_a_coin():
+    """Rewards of 0 and 1: the optimum at beta 1 is a coin with P(1) = sigmoid(1), best of 2 fails at two zeros."""
+    load(RESULTS / "language/run.py")
+    sft = {"reward": [[0.0, 1.0] * 32] * 5, "judge": [[0.0, 0.5] * 32] * 5}
+    found, p = sys.modules["film_reviews"].untrained(sft, 1.0, (2,)), 1 / (1 + math.exp(-1))
+    two = 0.5 - math.comb(32, 2) / math.comb(64, 2)
+    kl = math.log(2) + p * math.log(p) + (1 - p) * math.log(1 - p)
+    expected = {
+        "best of 2, untrained": (two, math.log(2) - 0.5, two / 2),
+        "the optimum": (p - 0.5, kl, p / 2 - 0.25),
+    }
+    for name, values in expected.items():
+        means = [found[name][x].mean().item() for x in ("gain", "KL", "judge's gain")]
+        assert means == pytest.approx(list(values)), name
 
 
-def test_finished_runs_are_skipped_and_unfinished_ones_resumed(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(reproduce, "measure", lambda run: {"flags": run["flags"]})
-    calls = []
-
-    def run_nothing(command, **_):
-        calls.append(command)
-        return subprocess.CompletedProcess(command, int("dpo.py" in command[1]), "trained\n", "error: no\n")
-
-    monkeypatch.setattr(subprocess, "run", run_nothing)
-    args = parse(tmp_path, "--processes", "1")
-    new, begun, done, failing = (reproduce.make_run(m, 0.1, 1) for m in ("p3o-v2", "ppo-max", "ppg", "dpo"))
-    (tmp_path / reproduce.RUNS / begun["name"]).mkdir(parents=True)
-    (tmp_path / reproduce.RUNS / begun["name"] / "args.json").write_text("{}")
-    reproduce.write_log(args, done["name"], {"flags": done["flags"]})
-    reproduce.train([new, begun, done, failing, new], args)
-    assert [command[1].rpartition("/")[2] for command in calls] == ["p3o.py", "ppo.py", "dpo.py"]
-    assert ["--resume" in command for command in calls] == [False, True, False]
-    assert "--preset ppo_max" in " ".join(calls[1]) and "--beta 0.1" in " ".join(calls[1])
-    logs = {path.stem for path in (tmp_path / "logs").glob("*.json")}
-    assert logs == {run["name"] for run in (new, begun, done)}  # what failed has no log, and is tried again
-    reproduce.train([new, begun, done], args)
-    assert len(calls) == 3
+def test_offsets_changed_nothing_that_p3o_answered_on_film_reviews():
+    lines = [line for line in lib.read_lines(RESULTS / "language/runs.jsonl") if "flags" in line]
+    plain = {lib.key(line): line for line in lines}
+    shifted = [line for line in lines if "reward_shift" in line["flags"]]
+    assert len(shifted) == 4
+    for line in shifted:
+        flags = {x: y for x, y in line["flags"].items() if x != "reward_shift"}
+        other = plain[lib.key({"method": line["method"], "flags": flags})]
+        assert (line["reward"] == other["reward"]) == (line["method"] == "P3O")
 
 
-def test_equal_runs_have_equal_names():
-    default = reproduce.p3o.Args()
-    batch = {"prompts_per_step": default.prompts_per_step, "minibatch_size": default.minibatch_size}
-    same = reproduce.make_run(
-        "p3o-v2", 0.2, 1, num_responses=2, epochs=default.epochs, reward_shift=0, **batch
+def test_seconds_and_memory_of_a_process(tmp_path):
+    """A program whose steps take 5, 1, 3 and 2 seconds by its own word; the first one is left out."""
+    load(RESULTS / "speed/run.py")
+    (tmp_path / "program.py").write_text(
+        "import json, sys, pathlib\n"
+        "folder = pathlib.Path(sys.argv[sys.argv.index('--output_dir') + 1]); folder.mkdir()\n"
+        "rows = [{'step': i, 'seconds': s} for i, s in enumerate((5, 1, 3, 2), 1)]\n"
+        "(folder / 'metrics.jsonl').write_text(''.join(json.dumps(row) + '\\n' for row in rows))\n"
     )
-    assert same == reproduce.make_run("p3o-v2", 0.2, 1)
-    args = parse(ROOT / "results")
-    runs = [run for experiment in reproduce.EXPERIMENTS for run in reproduce.plan(experiment, args)]
-    for a, b in itertools.combinations(runs, 2):
-        assert a["name"] != b["name"] or (a["script"], a["flags"]) == (b["script"], b["flags"])
-
-
-def test_a_quick_look_scales_every_length(tmp_path):
-    runs = reproduce.plan("distance", parse(tmp_path, "--steps", "8"))
-    steps = {(run["setting"], run["times"]): run["flags"]["steps"] for run in runs}
-    assert steps["default", 1] == steps["240 steps", 1] == 8 and steps["default", 0.25] == 2
-
-
-@pytest.mark.parametrize("page", reproduce.PAGES)
-def test_tables_of_a_page_are_those_of_the_committed_csvs(page, tmp_path):
-    """Every cell is written by reproduce.py from the table, row and column that the page names."""
-    text = (ROOT / page).read_text()
-    copy = tmp_path / "page.md"
-    copy.write_text(reproduce.BLOCK.sub(r"\1nothing\n\4", text))
-    assert len(reproduce.BLOCK.findall(text)) >= 1 and copy.read_text() != text
-    reproduce.fill_page(copy, ROOT / "results")
-    assert copy.read_text() == text
-    assert "<!-- results" not in re.sub(r"<!-- results:\w+ \{", "", text), "a table that nothing fills"
-
-
-CRITIC = "critic", "critic"
-
-
-def cosine(policy, estimator):
-    return "variance", "gradients", {"policy": policy, "estimator": estimator}, "cosine"
-
-
-BOTH = "", "_low", "_high"
-HELD_OUT, LEAD, PLACES = "default and best on the other seeds", "objective, seed by seed", "by place"
-SAMPLES, TUNED = "more and fewer responses", "K 8, rate 0.0005"
-
-
-def behind(method, times, *columns):
-    """Of P3O over a method with offsets by place."""
-    where = {"p3o-v2 minus": method, "offsets": PLACES, "times": times}
-    return [("equivalence", LEAD, where, column) for column in columns]
-
-
-OVER_PROMPTS = "over prompts_low", "over prompts_high"
-
-
-def lead(own, its, *columns):
-    """Of P3O over PPO, each in a setting."""
-    return [("distance", LEAD, {"p3o-v2": own, "minus ppo": its}, column) for column in columns]
-
-
-def gold_at(method):
-    """The gold gain of a method at beta 0.05 and at beta 0.25."""
-    ends = [f"gold_gain{end}" for end in BOTH]
-    here = [("overoptimisation", "after training", {"method": method}, end) for end in ends]
-    return here + [("frontier", "every beta", {"method": method, "beta": "0.25"}, end) for end in ends]
-
-
-def passes(method, epochs, *columns):
-    return [("staleness", "staleness", {"method": method, "epochs": epochs}, column) for column in columns]
-
-
-def behind_v2(method):
-    return passes(method, "8", "-minus p3o-v2", "-minus p3o-v2_high", "-minus p3o-v2_low")
-
-
-CURVES = "overoptimisation", "training curves, means over seeds", {"method": "dpo"}
-AGAINST = "{:.3f} [{:.3f}, {:.3f}] against {:.3f} [{:.3f}, {:.3f}]"
-CLAIMS = [  # a sentence of results/README.md, and for each {} of it: experiment, table, row, column; "-": negated
-    (
-        "is {:.3f} [{:.3f}, {:.3f}] behind PPO, much as P3O-V2 is, {:.3f} [{:.3f}, {:.3f}]",
-        *[(*CRITIC, {"method": "ppo-no-critic"}, f"-minus ppo{end}") for end in ("", "_high", "_low")],
-        *[(*CRITIC, {"method": "p3o-v2"}, f"-minus ppo{end}") for end in ("", "_high", "_low")],
-    ),
-    (
-        "cannot be told from PPO with its lam, {:.3f} [{:.3f}, {:.3f}]",
-        *[(*CRITIC, {"method": "ppo-lam1"}, f"minus ppo{end}") for end in ("", "_low", "_high")],
-    ),
-    ("P3O reaches {:.1f} nats", ("frontier", "every beta", {"method": "p3o-v2", "beta": "0.1"}, "kl")),
-    ("in a step is never below {:.2f}", (*CRITIC, {"method": "p3o-v2"}, "norm, least of all")),
-    ("PPO's never above {:.2f}", (*CRITIC, {"method": "ppo"}, "norm, most of all")),
-    (
-        "has a cosine of {:.2f} to the true one, the plain policy gradient's is {:.2f}, PPO's {:.2f}, and with "
-        "lam = 1, without bias, as much: {:.2f}",
-        *[cosine("after PPO", name) for name in ("PPG", "VPG", "PPO", "PPO, lam = 1")],
-    ),
-    (
-        "loses nothing by more: {:.3f} [{:.3f}, {:.3f}] at two passes, {:.3f} [{:.3f}, {:.3f}] at eight",
-        *passes("p3o-v2", "2", "objective", "objective_low", "objective_high"),
-        *passes("p3o-v2", "8", "objective", "objective_low", "objective_high"),
-    ),
-    ("V1 is behind it by {:.3f} [{:.3f}, {:.3f}]", *behind_v2("p3o-v1")),
-    ("weights without a clip are by {:.3f} [{:.3f}, {:.3f}]", *behind_v2("p3o-weighted")),
-    ("second pass on, by {:.3f} [{:.3f}, {:.3f}]", *behind_v2("ppg")),
-    ("its KL reaches {:.3f} nats, V2's {:.3f}", *passes("ppg", "8", "kl"), *passes("p3o-v2", "8", "kl")),
-    ("of offline DPO is highest at {:.3f} nats", (*CURVES, "KL at the gold peak")),
-    ("rises by {:.3f} [{:.3f}, {:.3f}]", *[(*CURVES, f"proxy since the peak{end}") for end in BOTH]),
-    ("does not: {:.3f} [{:.3f}, {:.3f}]", *[(*CURVES, f"gold since the peak{end}") for end in BOTH]),
-    (f"the offline one {AGAINST}", *gold_at("dpo")),
-    (f"the online one {AGAINST}", *gold_at("online-dpo")),
-    (f"With P3O no loss shows, {AGAINST}", *gold_at("p3o-v2")),
-    (f"nor with PPO, {AGAINST}", *gold_at("ppo")),
-    (
-        "PPO is still ahead, by {:.3f} [{:.3f}, {:.3f}]",
-        *behind("ppo", "1", "-difference", "-difference_high", "-difference_low"),
-    ),
-    (
-        "cannot be told from P3O, {:.3f} [{:.3f}, {:.3f}]",
-        *behind("ppo", "4", "difference", "difference_low", "difference_high"),
-    ),
-    (
-        "it is behind, by {:.3f} [{:.3f}, {:.3f}]",
-        *behind("ppo", "16", "difference", "difference_low", "difference_high"),
-    ),
-    (
-        "without it PPO is behind by {:.3f} [{:.3f}, {:.3f}]",
-        *behind("ppo-values-unclipped", "16", "difference", "difference_low", "difference_high"),
-    ),
-    (
-        "P3O gains {:.3f} [{:.3f}, {:.3f}] by it",
-        *[
-            ("distance", HELD_OUT, {"method": "p3o-v2", "setting": TUNED}, f"more than default{end}")
-            for end in BOTH
-        ],
-    ),
-    (
-        "from its default, {:.3f} [{:.3f}, {:.3f}] (over prompts [{:.3f}, {:.3f}])",
-        *lead(TUNED, "default", "difference", "difference_low", "difference_high", *OVER_PROMPTS),
-    ),
-    (
-        "from its best, {:.3f} [{:.3f}, {:.3f}] (over prompts [{:.3f}, {:.3f}])",
-        *lead(TUNED, "4 epochs", "difference", "difference_low", "difference_high", *OVER_PROMPTS),
-    ),
-    ("most of PPO's lead of {:.3f}, perhaps", *lead("default", "default", "-difference")),
-    (
-        "at 7680 responses it gets {:.3f} of the optimum's gain",
-        ("distance", SAMPLES, {"method": "trl-rloo", "responses": "7680"}, "efficiency"),
-    ),
-    (
-        "with ten times as many P3O gets {:.3f}.",
-        ("distance", SAMPLES, {"method": "p3o-v2", "responses": "76800"}, "efficiency"),
-    ),
-    (
-        "the plain policy gradient, {:.2f}, is nearer than the pair's, {:.2f}",
-        *[cosine("SFT", name) for name in ("VPG", "PPG")],
-    ),
-]
-
-
-def test_every_number_in_the_text_is_that_of_a_named_cell():
-    """What the text says of the results is a sentence above with the numbers of the cells put in; no other
-    decimal number stands in it, but settings: a beta, or KLs that were asked for."""
-    text = " ".join(reproduce.BLOCK.sub("", (ROOT / "results" / "README.md").read_text()).split())
-    for sentence, *cells in CLAIMS:
-        values = []
-        for experiment, name, row, column in cells:
-            rows = [r for r in table(ROOT / "results", experiment) if r["table"] == name]
-            (found,) = [r for r in rows if all(r[x] == y for x, y in row.items())]
-            sign = -1 if column.startswith("-") else 1
-            values.append(sign * float(found[column.removeprefix("-")]))
-        said = sentence.format(*values)
-        assert said in text, said
-        text = text.replace(said, "")
-    text = re.sub(r"beta 0\.\d+|at 0\.5( and|,| nats)|0\.5 nats", "", text)
-    assert not re.findall(r"\d+\.\d+", text), re.findall(r".{30}\d+\.\d+.{10}", text)
-
-
-@pytest.mark.parametrize("experiment", reproduce.EXPERIMENTS)
-def test_the_committed_tables_are_what_the_committed_logs_say(experiment, tmp_path, capsys):
-    for folder in (ROOT / "results").glob("logs*"):
-        (tmp_path / folder.name).symlink_to(folder)
-    reproduce.main(parse(tmp_path, experiment, "--plots_only"))
-    for name in (f"{experiment}.csv", f"{experiment}.md"):
-        assert (tmp_path / name).read_text() == (ROOT / "results" / name).read_text(), name
-    assert "nothing missing" in capsys.readouterr().out
-
-
-def test_every_method_runs_at_the_best_learning_rate_of_the_same_grid():
-    """Variants, that answer one question, run at the rate of the method that they vary."""
-    for method, (script, flags, _) in reproduce.METHODS.items():
-        if method not in reproduce.TUNED:
-            assert "learning_rate" not in flags
-            continue
-        rows = [row for row in table(ROOT / "results", "tuning") if row["method"] == method]
-        assert [float(row["learning rate"]) for row in rows] == sorted(
-            {*reproduce.RATES, reproduce.WIDER.get(method, 1e-4)}
-        )
-        best = max(rows, key=lambda row: float(row["objective"]))
-        used = (vars(reproduce.SCRIPTS[script]()) | flags)["learning_rate"]
-        assert best["best"] == "yes" and float(best["learning rate"]) == used, method
-
-
-def test_what_changed_the_last_bits_left_p3o_within_its_interval():
-    """Both from the same machine: before and after Adam and the toy's activation were fused."""
-    found = {}
-    for name in ("logs_staleness", "logs_fused"):
-        folder = ROOT / "results" / name
-        logs = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
-        runs = [logs[f"p3o-v2_beta{reproduce.BETA:g}_seed{seed}"] for seed in (1, 2, 3)]
-        assert len({log["hardware"] for log in logs.values()}) == 1
-        means = [{x: statistics.fmean(log["prompts"][x]) for x in ("reward", "kl")} for log in runs]
-        sft = statistics.fmean(logs["sft"]["prompts"]["reward"])
-        found[name] = reproduce.t_interval([m["reward"] - sft - reproduce.BETA * m["kl"] for m in means])
-    assert found["logs_staleness"][1] < found["logs_fused"][0] < found["logs_staleness"][2], found
-
-
-def test_logs_are_compact():
-    logs = list((ROOT / "results").glob("logs*/*.json"))
-    sizes = [path.stat().st_size for path in logs]
-    assert max(sizes) < 50_000 and sum(sizes) < 10_000_000
-    assert all(json.loads(path.read_text()) for path in logs)
+    measure = sys.modules["measure"]
+    seconds, memory = measure.measure([sys.executable, str(tmp_path / "program.py")], 1, steps=4)
+    assert seconds == 2 and 0.005 < memory < 8
+    (tmp_path / "program.py").write_text("print('it broke'); raise SystemExit(3)")
+    with pytest.raises(SystemExit, match="it broke"):
+        measure.measure([sys.executable, str(tmp_path / "program.py")], 1)
+    paths = measure.make_gpt2(tmp_path, words=50, n_embd=16, n_layer=1, n_head=2)
+    assert all(path.exists() for path in paths.values())

@@ -8,15 +8,19 @@ import itertools
 import json
 import math
 import random
-import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import word_tokenizer
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    BertLMHeadModel,
     GPT2Config,
     LlamaConfig,
 )
@@ -138,25 +142,29 @@ def test_calibration_by_hand():
     """Of 4 pairs told with P = 3/4 the model is right in 3, of 2 with P = 9/10 in 1; a tie is half right."""
     odds = [3.0, 3.0, 3.0, 1 / 3, 9.0, 1 / 9, 1.0]
     difference = torch.tensor(odds, dtype=torch.float64).log()
-    table, error = reward_model.calibration(difference, bins=5)
-    flat = [x for row in table for x in row]
-    assert flat == pytest.approx([0.5, 0.5, 1, 0.75, 0.75, 4, 0.9, 0.5, 2], abs=1e-12)
+    error = reward_model.calibration_error(difference, bins=5)
     assert error == pytest.approx((0 * 1 + 0 * 4 + 0.4 * 2) / 7, abs=1e-12)
+    assert reward_model.calibration_error(torch.tensor([-50.0, 50.0, 50.0])) == pytest.approx(1 / 3)
+
+
+def test_calibration_error_against_a_naive_loop():
+    difference = 2 * torch.randn(300, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    bins = {}
+    for d in difference.tolist():
+        sure = 1 / (1 + math.exp(-abs(d)))
+        bins.setdefault(min(int((sure - 0.5) * 14), 6), []).append((sure, float(d > 0)))
+    means = [[sum(column) / len(pairs) for column in zip(*pairs)] for pairs in bins.values()]
+    expected = sum(len(pairs) * abs(a - b) for (a, b), pairs in zip(means, bins.values())) / 300
+    assert len(bins) == 7 and expected > 0.1
+    assert reward_model.calibration_error(difference, bins=7) == pytest.approx(expected, rel=1e-9)
 
 
 def test_a_model_that_knows_the_truth_is_calibrated():
     difference = 2 * torch.randn(100_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    right = (
-        torch.rand(100_000, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-        < difference.sigmoid()
-    )
-    labelled = torch.where(
-        right, difference, -difference
-    )  # chosen less rejected, labels drawn from the model
-    table, error = reward_model.calibration(labelled)
-    assert len(table) == 5 and sum(pairs for *_, pairs in table) == 100_000 and error < 0.01
-    assert reward_model.calibration(3 * labelled)[1] > 0.05, "one that is too sure is not"
-    assert reward_model.calibration(torch.full((10,), 50.0))[0] == [[1.0, 1.0, 10]]
+    draws = torch.rand(100_000, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    labelled = torch.where(draws < difference.sigmoid(), difference, -difference)  # chosen less rejected
+    assert reward_model.calibration_error(labelled) < 0.01
+    assert reward_model.calibration_error(3 * labelled) > 0.05, "one that is too sure is not"
 
 
 # ------------------------------------------------------------------------------------------------ tiny models
@@ -182,7 +190,7 @@ def sft_model(folder, name="gpt2", pad=1):
     torch.manual_seed(3)
     AutoModelForCausalLM.from_config(CONFIGS[name]).save_pretrained(folder)
     word_tokenizer(20, pad=pad).save_pretrained(folder)
-    return str(folder), reward_model.load_tokenizer(str(folder))
+    return str(folder), reward_model.load_tokenizer(SimpleNamespace(model=folder, dataset="none"))
 
 
 def args_for(model, **changes):
@@ -213,7 +221,8 @@ def test_a_step_descends_the_loss_of_its_pairs(tmp_path, micro_batch_size, lm_co
     """The gradient is that of a loop over unpadded texts, with the LM loss of [Secrets] per token of the chosen."""
     folder, tokenizer = sft_model(tmp_path)
     args = args_for(folder, micro_batch_size=micro_batch_size, lm_coef=lm_coef, margin=0.3, max_grad_norm=1e9)
-    model, language_model = reward_model.new_reward_model(tokenizer, args)
+    args.minibatch_size = 5
+    model, language_model = reward_model.make_reward_model(tokenizer, args)
     assert (language_model is None) == (lm_coef == 0)
     rows = random_rows(5)
     losses, likelihood, tokens, right = [], 0.0, 0, 0
@@ -224,15 +233,16 @@ def test_a_step_descends_the_loss_of_its_pairs(tmp_path, micro_batch_size, lm_co
         if lm_coef:
             assert language_model.base_model is model.base_model, "one trunk"
             prompt, response = row["prompt_ids"], row["response_ids"][0]
-            logps = language_model(torch.tensor([prompt + response])).logits[0].log_softmax(-1)
+            hidden = model.base_model(torch.tensor([prompt + response])).last_hidden_state[0]
+            logps = (hidden @ model.get_input_embeddings().weight.T).log_softmax(-1)  # the tied output layer
             likelihood += sum(logps[len(prompt) - 1 + t, token] for t, token in enumerate(response))
             tokens += len(response)
     loss = sum(losses) / 5 - (lm_coef * likelihood / tokens if lm_coef else 0)
     expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
     before = torch.nn.utils.parameters_to_vector(model.parameters()).detach().clone()
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    optimizer = torch.optim.SGD(model.parameters())
     args.learning_rate = 0.1 / reward_model.lr_share(3, args.steps)
-    metrics = reward_model.update_on_scores(model, language_model, optimizer, rows, 3, tokenizer, args)
+    metrics = reward_model.train_step(3, model, language_model, optimizer, rows, tokenizer, args)
     found = (before - torch.nn.utils.parameters_to_vector(model.parameters()).detach()) / 0.1
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-5)
     assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-5)
@@ -242,76 +252,70 @@ def test_a_step_descends_the_loss_of_its_pairs(tmp_path, micro_batch_size, lm_co
 
 def test_held_out_metrics_are_means_over_all_pairs(tmp_path):
     folder, tokenizer = sft_model(tmp_path)
-    model, _ = reward_model.new_reward_model(tokenizer, args_for(folder))
+    model, _ = reward_model.make_reward_model(tokenizer, args_for(folder))
     rows = random_rows(7)
-    metrics = reward_model.pair_metrics(0, model, rows, tokenizer, args_for(folder, micro_batch_size=3))
+    metrics = reward_model.evaluate_pairs(0, model, rows, tokenizer, args_for(folder, micro_batch_size=3))
     scores = [[lone_score(model, row["prompt_ids"] + y).item() for y in row["response_ids"]] for row in rows]
     margins = [chosen - rejected for chosen, rejected in scores]
     assert metrics["eval_loss"] == pytest.approx(sum(math.log1p(math.exp(-m)) for m in margins) / 7, rel=1e-4)
     assert metrics["eval_accuracy"] == pytest.approx(sum(m > 0 for m in margins) / 7)
-    table, error = reward_model.calibration(torch.tensor(margins))
+    error = reward_model.calibration_error(torch.tensor(margins))
     assert metrics["eval_calibration_error"] == pytest.approx(error, abs=1e-4)
-    assert [row[2] for row in metrics["eval_calibration"]] == [row[2] for row in table]
-
-
-def test_the_learning_rate_rises_and_falls():
-    shares = [reward_model.lr_share(step, 100) for step in range(1, 101)]
-    assert shares[:10] == pytest.approx([0.1 * step for step in range(1, 11)])
-    assert shares[10:] == pytest.approx([(100 - step) / 90 for step in range(10, 100)])
-    assert max(shares) == 1 and reward_model.lr_share(1, 1) == pytest.approx(1 / 0.9)
 
 
 # -------------------------------------------------------------------------------------------- head and folder
 
 
-def test_an_sft_model_gets_a_fresh_head_and_a_reward_model_keeps_its_own(tmp_path, capsys):
+def test_an_sft_model_gets_a_new_head_and_a_reward_model_keeps_its_own(tmp_path):
     folder, tokenizer = sft_model(tmp_path / "sft")
-    one, other = (reward_model.new_reward_model(tokenizer, args_for(folder, seed=seed))[0] for seed in (0, 1))
-    again, _ = reward_model.new_reward_model(tokenizer, args_for(folder, seed=0))
+    models = [reward_model.make_reward_model(tokenizer, args_for(folder, seed=seed))[0] for seed in range(20)]
+    again, _ = reward_model.make_reward_model(tokenizer, args_for(folder, seed=0))
+    one, other = models[:2]
     assert torch.equal(one.score.weight, again.score.weight)
     assert (one.score.weight - other.score.weight).abs().min() > 1e-4
-    heads = [
-        reward_model.new_reward_model(tokenizer, args_for(folder, seed=s))[0].score.weight for s in range(20)
-    ]
-    assert torch.cat(heads).std().item() == pytest.approx(
-        1 / math.sqrt(16 + 1), rel=0.15
-    )  # d = 16, 320 draws
+    heads = torch.cat([model.score.weight for model in models])  # 320 draws of width 16
+    assert heads.std().item() == pytest.approx(1 / math.sqrt(16 + 1), rel=0.15)
     start = AutoModelForCausalLM.from_pretrained(folder)
     for a, b in zip(one.base_model.parameters(), start.base_model.parameters(), strict=True):
         assert torch.equal(a, b)
-    assert "reward model" not in capsys.readouterr().out
     other.save_pretrained(tmp_path / "rm")
     tokenizer.save_pretrained(tmp_path / "rm")
-    kept, _ = reward_model.new_reward_model(tokenizer, args_for(str(tmp_path / "rm"), seed=0))
+    kept, _ = reward_model.make_reward_model(tokenizer, args_for(str(tmp_path / "rm"), seed=0))
     assert torch.equal(kept.score.weight, other.score.weight)
-    assert "its head is trained further" in capsys.readouterr().out
+    weights = load_file(tmp_path / "rm/model.safetensors")
+    del weights["score.weight"]
+    save_file(weights, tmp_path / "rm/model.safetensors", {"format": "pt"})
+    with pytest.raises(SystemExit, match="^error: .*lacks the weights .'score.weight'"):
+        reward_model.make_reward_model(tokenizer, args_for(str(tmp_path / "rm"), seed=0))
 
 
-@pytest.mark.parametrize("name, pad", [("gpt2", 1), ("gpt2", 0), ("llama", 1), ("llama", 0)])
-def test_plain_transformers_gives_the_scores_of_a_written_folder(name, pad, tmp_path, monkeypatch):
-    """Its own forward pass on single texts, also where EOS pads (1), and on batches where it does not (0)."""
-    folder, _ = sft_model(tmp_path / "sft", name, pad)
+def run(tmp_path, folder, eos=None, **options):
+    """reward_model.py's main on a few pairs in this process. eos: what data.py recorded."""
     (tmp_path / "data").mkdir()
     for split in ("train", "validation"):
         rows = [{"prompt": f"w{i} w3", "chosen": f"w{i + 1} w5", "rejected": "w6"} for i in range(2, 10)]
         (tmp_path / "data" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    monkeypatch.setattr(signal, "signal", lambda *ignored: None)  # pytest keeps its own handlers
-    args = args_for(
-        folder, steps=2, dataset=str(tmp_path / "data"), output_dir=str(tmp_path / "rm"), minibatch_size=4
-    )
-    args.prompt_length, args.response_length = 8, 8
+    if eos:
+        (tmp_path / "data/data.json").write_text(json.dumps({"eos_token": eos}))
+    args = args_for(folder, dataset=str(tmp_path / "data"), output_dir=str(tmp_path / "rm"), **options)
+    args.prompt_length, args.response_length, args.minibatch_size = 8, 8, 4
     reward_model.main(args)
+
+
+@pytest.mark.parametrize("name, pad", [("gpt2", 1), ("gpt2", 0), ("llama", 1), ("llama", 0)])
+def test_plain_transformers_gives_the_scores_of_a_written_folder(name, pad, tmp_path):
+    """Its own forward pass on single texts, also where EOS pads (1), and on batches where it does not (0)."""
+    folder, _ = sft_model(tmp_path / "sft", name, pad)
+    run(tmp_path, folder, steps=2)
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "rm").eval()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "rm")
     responses = [row["response_ids"][0] for row in random_rows(6)]
     if pad == 0:  # that token anywhere would count as padding in its forward pass
         responses = [[token or 2 for token in response] for response in responses]
-    prompt = reward_model.pad([[3, 4]] * 6, "left", tokenizer, "cpu")
+    batch = reward_model.pad_rows([[3, 4]] * 6, responses, tokenizer, args_for(folder))
     texts = [[3, 4] + response for response in responses]
     with torch.no_grad():
-        scores = reward_model.read_score(
-            model, *prompt, *reward_model.pad(responses, "right", tokenizer, "cpu")
-        )
+        scores = reward_model.read_score(model, **batch)
         alone = torch.stack([model(torch.tensor([text])).logits[0, 0] for text in texts])
         torch.testing.assert_close(alone, scores, atol=1e-5, rtol=1e-5)
         together = tokenizer.pad({"input_ids": texts}, return_tensors="pt")
@@ -321,3 +325,30 @@ def test_plain_transformers_gives_the_scores_of_a_written_folder(name, pad, tmp_
             with pytest.raises(ValueError, match="padding token"):
                 model(**together)  # rather than a wrong number
     assert scores.std() > 0.1 and model.score.weight.dtype == torch.float32
+
+
+def test_the_last_line_and_the_log_have_the_held_out_metrics(tmp_path, capsys):
+    run(tmp_path, sft_model(tmp_path / "sft")[0], epochs=1, steps=None, eval_every=1)
+    log = [json.loads(line) for line in (tmp_path / "rm/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log] == [0, 1, 2], "8 pairs, 4 in a step"
+    text = "accuracy {eval_accuracy:.3f}, calibration error {eval_calibration_error:.3f}".format(**log[2])
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == f"{tmp_path}/rm, step 2: {text} on 8 held-out pairs"
+    assert len({line["eval_loss"] for line in log}) == 3
+
+
+@pytest.mark.parametrize("fault", ["encoder", "turns", "classifier"])
+def test_models_that_do_not_suit_end_in_one_line(fault, tmp_path):
+    """An encoder; a model that ends texts otherwise than the data set; a head of another name than score."""
+    folder, tokenizer = sft_model(tmp_path / "sft")
+    if fault != "turns":
+        kind = BertForSequenceClassification if fault == "encoder" else BertLMHeadModel
+        size = {"vocab_size": 20, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+        config = BertConfig(**size, num_attention_heads=2, num_labels=1, initializer_range=0.3)
+        kind(config).save_pretrained(folder)
+    message = {"encoder": "use a decoder-only model", "turns": "run sft.py first", "classifier": "lacks"}[
+        fault
+    ]
+    with pytest.raises(SystemExit, match=f"^error: .*{message}"):
+        run(tmp_path, folder, eos="w3" if fault == "turns" else None, steps=1)
+    assert not (tmp_path / "rm").exists()

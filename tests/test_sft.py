@@ -1,14 +1,26 @@
 """sft.py against loops over unpadded texts, and what its folder is to later stages and to plain transformers."""
 
+import io
 import json
 import math
 import random
-import signal
+import shutil
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import CHATML, byte_tokenizer, word_tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    BertLMHeadModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 import p3o
 import sft
@@ -67,10 +79,12 @@ def test_a_step_descends_the_mean_over_completion_tokens(micro_batch_size):
     terms = naive_nll(model, rows)
     loss = sum(terms) / len(terms)
     expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
-    args = sft.Args(micro_batch_size=micro_batch_size, max_grad_norm=1e9, steps=10, device="cpu")
+    args = sft.Args(
+        minibatch_size=5, micro_batch_size=micro_batch_size, max_grad_norm=1e9, steps=10, device="cpu"
+    )
     args.learning_rate = 0.1 / sft.lr_share(3, args.steps)
     before = torch.nn.utils.parameters_to_vector(model.parameters()).detach().clone()
-    metrics = sft.update_on_rows(model, torch.optim.SGD(model.parameters(), 1.0), rows, 3, TOKENIZER, args)
+    metrics = sft.train_step(3, model, torch.optim.SGD(model.parameters()), rows, TOKENIZER, args)
     found = (before - torch.nn.utils.parameters_to_vector(model.parameters()).detach()) / 0.1
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-5)
     assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-5)
@@ -81,15 +95,72 @@ def test_held_out_perplexity_is_a_mean_over_all_tokens():
     model, rows = tiny_model(), random_rows(7)
     with torch.no_grad():
         terms = [term.item() for term in naive_nll(model, rows)]
-    metrics = sft.held_out_perplexity(0, model, rows, TOKENIZER, sft.Args(micro_batch_size=3, device="cpu"))
+    metrics = sft.held_out_perplexity(model, rows, TOKENIZER, sft.Args(micro_batch_size=3, device="cpu"))
     assert metrics["eval_loss"] == pytest.approx(sum(terms) / len(terms), rel=1e-5)
     assert metrics["eval_perplexity"] == pytest.approx(math.exp(sum(terms) / len(terms)), rel=1e-5)
 
 
-# ------------------------------------------------------------------------------------------------ its folder
+def test_the_learning_rate_rises_and_falls():
+    shares = [sft.lr_share(step, 100) for step in range(1, 101)]
+    assert shares[:10] == pytest.approx([0.1 * step for step in range(1, 11)])
+    assert shares[10:] == pytest.approx([(100 - step) / 90 for step in range(10, 100)])
+    assert max(shares) == 1 and sft.lr_share(1, 1) == pytest.approx(1 / 0.9)
 
 
-def train(folder, monkeypatch, rows, eos=None, **options):
+# ------------------------------------------------------------------------------------------------- its inputs
+
+
+def without(model, name, instead):
+    """The model, whose trunk never sees this input, but something instead."""
+    forward = model.base_model.forward
+    model.base_model.forward = lambda **inputs: forward(**inputs | {name: instead(inputs[name])})
+    return model
+
+
+def with_nan(model):
+    model.base_model.h[1].mlp.c_fc.weight.data[0, 0] = math.nan
+    return model
+
+
+def tiny_llama():
+    torch.manual_seed(0)
+    size = {"vocab_size": 20, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "initializer_range": 0.3}
+    return LlamaForCausalLM(LlamaConfig(**size, **heads)).eval()
+
+
+def tiny_bert(is_decoder):
+    torch.manual_seed(0)
+    size = {"vocab_size": 20, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    config = BertConfig(**size, num_attention_heads=2, is_decoder=is_decoder, initializer_range=0.3)
+    return BertLMHeadModel(config).eval()
+
+
+@pytest.mark.parametrize(
+    "make, passes",
+    {
+        "gpt2": (tiny_model, True),
+        "llama": (tiny_llama, True),
+        "causal bert": (lambda: tiny_bert(True), True),
+        "bert": (lambda: tiny_bert(False), False),
+        "pads attended to": (lambda: without(tiny_model(), "attention_mask", torch.ones_like), False),
+        "positions that count pads": (lambda: without(tiny_model(), "position_ids", lambda ids: None), False),
+        "NaN": (lambda: with_nan(tiny_model()), False),
+    }.values(),
+)
+@pytest.mark.parametrize("pad", [0, 1])  # 1 is EOS
+def test_the_probe_tells_decoders_from_other_models(make, passes, pad):
+    probe = make(), word_tokenizer(20, pad=pad), SimpleNamespace(model="some/model", device="cpu")
+    if passes:
+        sft.probe_model(*probe)
+    else:
+        with pytest.raises(
+            SystemExit, match="error: some/model sees padding or later tokens.*; use a decoder"
+        ):
+            sft.probe_model(*probe)
+
+
+def train(folder, rows, eos=None, **options):
     """sft.py's main on these rows in this process; metrics.jsonl as a list. eos: what data.py recorded."""
     data = folder.with_name(f"{folder.name}_data")
     data.mkdir()
@@ -97,49 +168,121 @@ def train(folder, monkeypatch, rows, eos=None, **options):
         (data / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     if eos:
         (data / "data.json").write_text(json.dumps({"eos_token": eos}))
-    monkeypatch.setattr(signal, "signal", lambda *ignored: None)  # pytest keeps its own handlers
     small = {"prompt_length": 8, "response_length": 6, "minibatch_size": 8, "device": "cpu"}
     sft.main(sft.Args(dataset=str(data), output_dir=str(folder), **small | options))
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_the_end_of_a_turn_that_data_py_found_ends_texts_from_here_on(tmp_path, monkeypatch):
+def save_model(folder, model=None, tokenizer=TOKENIZER):
+    (model or tiny_model()).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+ROWS = [{"prompt": f"w{i} w3", "completion": f"w{i + 1} w{i}"} for i in range(2, 18)]
+
+
+def test_chosen_serves_where_there_is_no_completion(tmp_path):
+    """A preference data set is enough for all stages. The rejected responses and a `completion` beside are told apart."""
+    model, losses = save_model(tmp_path / "model"), {}
+    pairs = [{"prompt": row["prompt"], "chosen": row["completion"], "rejected": "w2"} for row in ROWS]
+    both = [row | {"chosen": "w2", "rejected": "w2"} for row in ROWS]
+    for name, rows in {"plain": ROWS, "pairs": pairs, "both": both}.items():
+        metrics = train(tmp_path / name, rows, model=model, steps=3)
+        losses[name] = [line.get("loss", line.get("eval_loss")) for line in metrics]
+    assert len(losses["plain"]) == 4 and losses["plain"] == losses["pairs"] == losses["both"]
+
+
+@pytest.mark.parametrize("kind", ["no weights", "gguf", "in a checkpoint"])
+def test_weights_that_cannot_be_read_are_never_replaced_by_random_ones(kind, tmp_path):
+    folder = save_model(tmp_path / "model")
+    weights = tmp_path / "model/model.safetensors"
+    if kind == "gguf":
+        weights.rename(tmp_path / "model/model.gguf")
+    elif kind == "in a checkpoint":
+        (tmp_path / "model/checkpoint-500").mkdir()
+        weights.rename(tmp_path / "model/checkpoint-500/model.safetensors")
+    else:
+        weights.unlink()
+    with pytest.raises(
+        SystemExit, match="^error: cannot load .*model.safetensors.*; run toy.py or data.py first$"
+    ):
+        train(tmp_path / "run", ROWS, model=folder, steps=1)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("eos", ["<|im_end|>", None])
+def test_an_end_of_turn_that_the_tokenizer_lacks_is_refused(eos, tmp_path):
+    """Also a tokenizer without any EOS, and a folder in which the tokenizer's files are missing."""
+    folder = save_model(tmp_path / "model")
+    if eos is None:
+        for file in (tmp_path / "model").glob("tokenizer*"):
+            file.unlink()
+    with pytest.raises(SystemExit, match="^error: .*no tokenizer or no token .*; use another model$"):
+        train(tmp_path / "run", ROWS, eos, model=folder, steps=1)
+    assert not (tmp_path / "run").exists()
+
+
+# ------------------------------------------------------------------------------------------------ its folder
+
+
+def test_the_end_of_a_turn_that_data_py_found_ends_texts_from_here_on(tmp_path):
     """The model learns x -> ab, closed by <|im_end|> and not by its old EOS; so the folder's generate() stops
     there, as do the later stages, which read the tokenizer."""
     tokenizer = byte_tokenizer(chat_template=CHATML, eos_token="</s>")
-    tiny_model(len(tokenizer), n_embd=32, spread=0.1).save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
+    save_model(tmp_path / "base", tiny_model(len(tokenizer), n_embd=32, spread=0.1), tokenizer)
     rows, options = [{"prompt": "x", "completion": "ab"}] * 8, {"steps": 20, "learning_rate": 0.02}
-    train(tmp_path / "run", monkeypatch, rows, "<|im_end|>", model=str(tmp_path / "base"), **options)
+    train(tmp_path / "run", rows, "<|im_end|>", model=str(tmp_path / "base"), **options)
     plain, written = (
         kind.from_pretrained(tmp_path / "run") for kind in (AutoModelForCausalLM, AutoTokenizer)
     )
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    assert written.eos_token_id == p3o.load_tokenizer(str(tmp_path / "run")).eos_token_id == end
-    assert plain.generation_config.eos_token_id == end
+    later = SimpleNamespace(model=str(tmp_path / "run"), dataset=str(tmp_path / "run_data"))
+    assert written.eos_token_id == p3o.load_tokenizer(later).eos_token_id == end
+    assert plain.generation_config.eos_token_id == plain.config.eos_token_id == end
     answers = plain.generate(**written(["x"] * 50, return_tensors="pt"))[:, 1:].tolist()
     ended = [answer for answer in answers if end in answer]
     assert sum(answer[:3] == [*tokenizer("ab")["input_ids"], end] for answer in answers) > 40
     assert all(set(answer[answer.index(end) + 1 :]) <= {written.pad_token_id} for answer in ended)
+    later.model = str(tmp_path / "base")
+    with pytest.raises(SystemExit, match="run sft.py first"):
+        p3o.load_tokenizer(later)
 
 
-def test_a_folder_without_weights_is_initialised_at_random_and_says_so(tmp_path, monkeypatch, capsys):
-    """By the seed; with weights it starts from them."""
-    tiny_model().config.save_pretrained(tmp_path / "empty")
-    TOKENIZER.save_pretrained(tmp_path / "empty")
-    rows, first = [{"prompt": f"w{i} w3", "completion": f"w{i + 1}"} for i in range(2, 18)], {}
-    for name, options in {"one": {"seed": 0}, "same": {"seed": 0}, "other": {"seed": 1}}.items():
-        metrics = train(tmp_path / name, monkeypatch, rows, model=str(tmp_path / "empty"), steps=2, **options)
-        first[name] = metrics[0]["eval_loss"]
-        assert "holds no weights: initialised at random, 0.01M parameters" in capsys.readouterr().out
-    assert first["one"] == first["same"] != first["other"]
-    metrics = train(tmp_path / "on", monkeypatch, rows, model=str(tmp_path / "one"), steps=2)
-    printed = capsys.readouterr().out
-    assert "at random" not in printed
-    last = (tmp_path / "one/metrics.jsonl").read_text().splitlines()[-1]
-    assert metrics[0]["eval_loss"] == pytest.approx(json.loads(last)["eval_loss"], rel=1e-6)
-    assert [line.split(" -> ")[0] for line in printed.splitlines() if " -> " in line] == [
-        "  'w2 w3'",
-        "  'w3 w3'",
-        "  'w4 w3'",
-    ]
+def test_a_run_goes_on_from_the_weights_of_another(tmp_path, capsys):
+    """The second begins with the perplexity that the first has reached."""
+    model = save_model(tmp_path / "model")
+    first = train(tmp_path / "one", ROWS, model=model, steps=5, learning_rate=0.01)
+    assert [line["step"] for line in first] == list(range(6))
+    assert first[5]["eval_loss"] < first[0]["eval_loss"] - 0.1
+    second = train(tmp_path / "two", ROWS, model=str(tmp_path / "one"), steps=1)
+    assert second[0]["eval_loss"] == pytest.approx(first[-1]["eval_loss"], rel=1e-6)
+    perplexity = math.exp(first[-1]["eval_loss"])
+    printed = capsys.readouterr().out.splitlines()
+    assert f"{tmp_path}/one, step 5: perplexity {perplexity:.2f} on 16 held-out rows" in printed
+
+
+def test_samples_come_after_the_last_checkpoint_and_before_the_last_line(tmp_path, monkeypatch):
+    """What the terminal cannot show becomes a question mark; a failure there costs nothing."""
+    tokenizer = byte_tokenizer(eos_token="</s>", pad_token="<pad>")
+    folder = save_model(tmp_path / "model", tiny_model(len(tokenizer)), tokenizer)
+    rows, terminal = (
+        [{"prompt": "ł≥é", "completion": "猫"}] * 8,
+        io.TextIOWrapper(io.BytesIO(), encoding="cp1252"),
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", terminal)
+        train(tmp_path / "run", rows, model=folder, steps=1, prompt_length=9)
+    terminal.flush()
+    *_, first, second, third, last = terminal.buffer.getvalue().decode("cp1252").splitlines()
+    assert all(line.startswith("  '??é' -> '") for line in (first, second, third))
+    assert last.startswith(f"{tmp_path}/run, step 1: perplexity ")
+
+    def fail(*arguments):
+        raise RuntimeError("the terminal is gone")
+
+    monkeypatch.setattr(sft, "print_samples", fail)
+    shutil.rmtree(tmp_path / "run_data")
+    with pytest.raises(RuntimeError):
+        train(tmp_path / "run", rows, model=folder, steps=1, prompt_length=9, overwrite=True)
+    assert torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["step"] == 1

@@ -2,8 +2,11 @@
 
 import json
 import math
+import multiprocessing
 import os
 import random
+import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -11,11 +14,9 @@ from itertools import product
 from pathlib import Path
 
 import pytest
+from conftest import ROOT, run_script
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import toy  # noqa: E402
+import toy
 
 PROMPT = "please review the cafe and mention the coffee :"
 GOOD = "i loved the lovely cafe because the great coffee was truly superb ."
@@ -57,14 +58,12 @@ def small_build(monkeypatch):
     monkeypatch.setattr(toy, "ROWS", {kind: (20, 5, 5) for kind in toy.ROWS})
 
 
-def refused(capsys, action, *words):
-    capsys.readouterr()
+def refused(action, *words):
     with pytest.raises(SystemExit) as exit_info:
         action()
-    err = capsys.readouterr().err
-    assert exit_info.value.code == 2
-    assert err.startswith("error: ") and err.count("\n") == 1 and "; " in err
-    assert all(word in err for word in words), err
+    error = exit_info.value.code
+    assert error.startswith("error: ") and "\n" not in error and "; " in error
+    assert all(word in error for word in words), error
 
 
 # The gold reward
@@ -326,7 +325,8 @@ def test_seeds_differ(tmp_path, monkeypatch):
         toy.main(toy.Args(output_dir=str(tmp_path / str(seed)), seed=seed))
     first, second = contents(tmp_path / "0"), contents(tmp_path / "1")
     same = {name for name in first if first[name] == second[name]}
-    assert same == {"model/config.json", "model/tokenizer.json", "model/tokenizer_config.json"}
+    fixed = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
+    assert same == {f"model/{name}" for name in fixed}
 
 
 def test_folders_load_with_datasets(folder, rows, tmp_path):
@@ -378,18 +378,22 @@ def test_tokenizer(tokenizer):
     assert len(toy.CLASS) == sum(len(words) for words in toy.CLASSES.values())  # one class a word
 
 
-def test_config_builds_a_small_model_without_dropout(folder, tokenizer):
-    from transformers import AutoConfig, AutoModelForCausalLM
+def test_the_untrained_model_is_small_and_without_dropout(folder, tokenizer):
+    import torch
+    from transformers import AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(folder / "model")
-    model = AutoModelForCausalLM.from_config(config)
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    config = model.config
     assert type(model).__name__ == "GPT2LMHeadModel"
     assert 400_000 < sum(weights.numel() for weights in model.parameters()) < 600_000
     assert [config.resid_pdrop, config.embd_pdrop, config.attn_pdrop, config.summary_first_dropout] == [0] * 4
     assert (config.n_layer, config.n_head, config.n_positions) == (2, 4, 64)
     assert (config.pad_token_id, config.eos_token_id) == (tokenizer.pad_token_id, tokenizer.eos_token_id)
     assert config.vocab_size == len(tokenizer)
-    assert not list((folder / "model").glob("*.safetensors")) + list((folder / "model").glob("*.bin"))
+    torch.manual_seed(0)  # the seed of the folder: the weights are those that transformers draws after it
+    again = AutoModelForCausalLM.from_config(config).state_dict()
+    assert all(torch.equal(value, again[name]) for name, value in model.state_dict().items())
+    assert model.transformer.wte.weight.std().item() == pytest.approx(0.06, rel=0.02)
 
 
 def test_labels_are_bradley_terry_on_the_gold_reward(rows):
@@ -448,7 +452,7 @@ def test_a_second_run_writes_nothing(folder, capsys):
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
 
-def test_other_arguments_foreign_and_missing_files(tmp_path, capsys, monkeypatch):
+def test_other_arguments_foreign_and_missing_files(tmp_path, monkeypatch):
     small_build(monkeypatch)
     target = tmp_path / "toy"
     args = toy.Args(output_dir=str(target))
@@ -457,7 +461,7 @@ def test_other_arguments_foreign_and_missing_files(tmp_path, capsys, monkeypatch
     first = contents(target)
 
     other = toy.Args(output_dir=str(target), seed=1)
-    refused(capsys, lambda: toy.main(other), "--overwrite", "seed (0)")
+    refused(lambda: toy.main(other), "--overwrite", "seed (0)")
     assert contents(target) == first
     toy.main(toy.Args(output_dir=str(target), seed=1, overwrite=True))
     assert contents(target) != first and json.loads((target / "args.json").read_text())["seed"] == 1
@@ -465,14 +469,14 @@ def test_other_arguments_foreign_and_missing_files(tmp_path, capsys, monkeypatch
     assert contents(target) == first
 
     (target / "sft" / "test.jsonl").unlink()
-    refused(capsys, lambda: toy.main(args), "incomplete", "--overwrite")
+    refused(lambda: toy.main(args), "incomplete", "--overwrite")
     toy.main(toy.Args(output_dir=str(target), overwrite=True))
     assert contents(target) == first
 
     (target / "sft" / "notes.txt").write_text("mine")
     for overwrite in (False, True):
         again = toy.Args(output_dir=str(target), overwrite=overwrite)
-        refused(capsys, lambda again=again: toy.main(again), "did not write", "--output_dir")
+        refused(lambda again=again: toy.main(again), "did not write", "--output_dir")
     assert (target / "sft" / "notes.txt").read_text() == "mine"
     assert [path.name for path in tmp_path.iterdir()] == ["toy"]
 
@@ -480,54 +484,103 @@ def test_other_arguments_foreign_and_missing_files(tmp_path, capsys, monkeypatch
 @pytest.mark.parametrize(
     "text", ["", "[]", '{"script": "sft.py"}', '{"script": "toy.py", "seed": 0}', "not json"]
 )
-def test_a_folder_of_somebody_else_is_never_touched(tmp_path, capsys, text):
+def test_a_folder_of_somebody_else_is_never_touched(tmp_path, text):
     (tmp_path / "args.json").write_text(text)
-    refused(capsys, lambda: toy.main(toy.Args(output_dir=str(tmp_path), overwrite=True)), "did not write")
+    refused(lambda: toy.main(toy.Args(output_dir=str(tmp_path), overwrite=True)), "did not write")
     assert contents(tmp_path) == {"args.json": text.encode()}
 
 
-def test_unwritable_targets(tmp_path, capsys):
+def test_unwritable_targets(tmp_path):
     (tmp_path / "file").write_text("mine")
     for name in ("file", "file/below"):
         args = toy.Args(output_dir=str(tmp_path / name), overwrite=True)
-        refused(capsys, lambda args=args: toy.main(args), "--output_dir")
+        refused(lambda args=args: toy.main(args), "--output_dir")
     assert contents(tmp_path) == {"file": b"mine"}
 
 
-def test_an_interrupted_run_leaves_the_old_folder(tmp_path, monkeypatch):
-    small_build(monkeypatch)
-    args = toy.Args(output_dir=str(tmp_path / "toy"), overwrite=True)
+@pytest.mark.parametrize("kind", ["FIFO", "socket", "dangling link", "device"])
+def test_a_path_that_is_no_folder_is_never_touched(kind, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # a socket's path must be short
+    if kind == "FIFO":
+        os.mkfifo("out")
+    elif kind == "socket":
+        socket.socket(socket.AF_UNIX).bind("out")
+    else:  # a device by a link, so that no mistake can harm it
+        os.symlink("nowhere" if kind == "dangling link" else "/dev/null", "out")
+    before = os.lstat("out")
+    for overwrite in (False, True):
+        refused(lambda over=overwrite: toy.main(toy.Args(output_dir="out", overwrite=over)), "is no folder")
+    after = os.lstat("out")
+    assert (before.st_ino, before.st_mode, before.st_mtime_ns) == (
+        after.st_ino,
+        after.st_mode,
+        after.st_mtime_ns,
+    )
+    assert os.listdir() == ["out"]
 
-    def interrupt(*_):
-        raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr(toy, "make_rows", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            toy.main(args)
-    assert not list(tmp_path.iterdir())
-    toy.main(args)
-    first = contents(tmp_path)
-    monkeypatch.setattr(toy, "make_rows", interrupt)
-    with pytest.raises(KeyboardInterrupt):
+def killed(args, module, name, calls):
+    """Runs toy.py's main in a fork, which is killed at this call of a function. Returns the exit code."""
+
+    def main(seen=[], real=getattr(module, name)):
+        def stop(*args):
+            seen.append(args)
+            if len(seen) == calls:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*args)
+
+        setattr(module, name, stop)
         toy.main(args)
-    assert contents(tmp_path) == first
+
+    process = multiprocessing.get_context("fork").Process(target=main, daemon=True)
+    process.start()
+    process.join(100)
+    return process.exitcode
 
 
 @pytest.mark.parametrize(
-    "argv",
-    [["--sed", "1"], ["--seeds", "1"], ["--over"], ["extra"], ["--seed", "x"], ["--seed"], ["--seed", "-1"]],
+    "module, name, calls", [(toy, "make_rows", 5), (os, "replace", 1), (os, "replace", 6)]
 )
-def test_bad_command_lines(argv, tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    refused(capsys, lambda: toy.main(toy.parse_args(argv)))
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_kill_at_any_moment(module, name, calls, overwrite, tmp_path, monkeypatch):
+    """Old or new files stand in their place, and the next run leaves one set of them and nothing else."""
+    small_build(monkeypatch)
+    for seed in (0, 1):
+        toy.main(toy.Args(str(tmp_path / str(seed)), seed=seed))
+    sets = [contents(tmp_path / str(seed)) for seed in (0, 1)]
+    (tmp_path / "run").mkdir()
+    out = tmp_path / "run" / "toy"
+    if overwrite:
+        toy.main(toy.Args(str(out), seed=0))
+    assert killed(toy.Args(str(out), 1, overwrite), module, name, calls) == -signal.SIGKILL
+    left = contents(out)
+    for path in sets[0] if overwrite else []:
+        assert left[path] in (sets[0][path], sets[1][path]), path
+    assert os.listdir(tmp_path / "run") == ["toy"], "nothing hidden"
+    if overwrite and module is toy:
+        toy.main(toy.Args(str(out), seed=0))  # nothing to do
+        assert contents(out) == sets[0]
+    toy.main(toy.Args(str(out), seed=1, overwrite=overwrite and module is toy))
+    assert contents(out) == sets[1] and {path.name for path in out.iterdir()} == {
+        "args.json",
+        "model",
+        *KINDS,
+    }
+
+
+@pytest.mark.parametrize(
+    "argv", [["--sed", "1"], ["--over"], ["extra"], ["--seed", "x"], ["--seed"], ["--seed", "-1"]]
+)
+def test_bad_command_lines(argv, tmp_path):
+    done = run_script("toy.py", *argv, cwd=tmp_path)
+    assert done.returncode in (1, 2) and "error: " in done.stderr and "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
 
 
 def test_command(tmp_path, monkeypatch, capsys):
     small_build(monkeypatch)
     monkeypatch.chdir(tmp_path)
-    toy.main(toy.parse_args(["--seed", "3"]))
+    toy.main(toy.Args(seed=3))
     last = capsys.readouterr().out.splitlines()[-1]
     assert last == "wrote model and rows (30 sft, 30 preferences, 30 prompts) to data/toy (seed 3)"
     assert json.loads(Path("data/toy/args.json").read_text())["seed"] == 3

@@ -1,0 +1,197 @@
+"""Film reviews as a world for runs: the data, the SFT model, the reward model, and a judge to check it by.
+
+A prompt is the first words of a review. The reward model learns from pairs of a positive and a negative
+review; so does the judge, but from other reviews and with another seed. No review is in two data sets, and no
+prompt is both trained on and tested.
+"""
+
+import json
+import math
+import random
+import shutil
+import statistics
+import sys
+from pathlib import Path
+
+import datasets
+import lib
+import torch
+from transformers import AutoTokenizer
+
+sys.path.insert(0, str(lib.ROOT))
+from frontier import best_of_n_kl, gibbs_frontier
+
+FIRST_WORDS, PROMPT, RESPONSE, WHOLE = 4, 12, 16, 32  # words; tokens of a prompt, a response, a review
+SFT, VALIDATION, TEST, PAIRS = 1900, 64, 128, 75  # rows; held-out reviews of each label for the pairs
+PROMPTS, RESPONSES, SFT_RESPONSES = 64, 8, 160  # of the test prompts, and answers to each
+STAGE = {"learning_rate": 2e-5, "minibatch_size": 16, "prompt_length": PROMPT, "eval_every": 1000}
+
+
+def read_reviews(name, tokenizer):
+    """[{"label", "text", "prompt", "completion", "short"}, ...]; no text stands there twice."""
+    file = {"path": "json", "data_files": name} if Path(name).is_file() else {"path": name}
+    rows = {row["text"].strip(): row["label"] for row in datasets.load_dataset(**file, split="train")}
+    reviews = []
+    for text, label in rows.items():
+        words = text.split()
+        review = {"label": label, "text": " " + text, "prompt": "Review: " + " ".join(words[:FIRST_WORDS])}
+        review["completion"] = " " + " ".join(words[FIRST_WORDS:])
+        parts = review["prompt"], review["completion"] + tokenizer.eos_token
+        prompt, rest = (len(tokenizer(part, add_special_tokens=False)["input_ids"]) for part in parts)
+        if len(words) > FIRST_WORDS and prompt <= PROMPT and rest <= WHOLE:
+            reviews.append(review | {"short": rest <= RESPONSE})
+    return reviews
+
+
+def make_splits(reviews):
+    """{data set: {split: rows}}. The held-out prompts come first, and no two of them are alike."""
+    rng = random.Random(0)
+    rng.shuffle(reviews)
+    held_out, begun, rest = [], set(), []
+    for review in reviews:
+        new = len(held_out) < TEST + VALIDATION and review["short"] and review["prompt"] not in begun
+        (held_out if new else rest).append(review)
+        begun |= {review["prompt"]} if new else set()
+    short = [review for review in rest if review["short"] and review["prompt"] not in begun][: SFT + 100]
+    if len(short) < SFT + 100:
+        sys.exit(f"error: only {len(short)} short reviews are left for SFT; give a larger --reviews")
+    prompts = {review["prompt"]: review for review in short[:SFT]}
+    test, validation = held_out[-TEST:], held_out[:VALIDATION]  # the test prompts are the later ones
+    splits = {"sft": {"train": short[:SFT], "validation": short[SFT:], "test": test}}
+    splits["prompts"] = {"train": list(prompts.values()), "validation": validation, "test": test}
+    taken = {review["text"] for review in short}
+    rest = [review for review in rest if review["text"] not in taken]
+    for number, name in enumerate(("pairs", "judge_pairs")):  # every other review
+        splits[name] = make_pairs(
+            [[x for x in rest if x["label"] == label][number::2] for label in (1, 0)], rng
+        )
+    return splits
+
+
+def make_pairs(labels, rng):
+    """{split: pairs} of [positive, negative] reviews; every review is in two pairs, with other partners."""
+    splits, start = {}, 0
+    for split, count in (("validation", PAIRS), ("test", 4), ("train", 10**6)):
+        count = min(count, *(len(reviews) - start for reviews in labels))
+        good, bad = ([review["text"] for review in reviews[start : start + count]] for reviews in labels)
+        partners = [*zip(good, bad), *zip(good, bad[1:] + bad[:1])]
+        splits[split] = [{"prompt": "Review:", "chosen": x, "rejected": y} for x, y in partners]
+        rng.shuffle(splits[split])
+        start += count
+    return splits
+
+
+class FilmReviews:
+    """What the runs on film reviews start from, made once in out/results/film_reviews, and their measure."""
+
+    options = {
+        "model": {"default": "HuggingFaceTB/SmolLM2-135M-Instruct", "help": "hub name or folder"},
+        "reviews": {"default": "cornell-movie-review-data/rotten_tomatoes", "help": "hub name or .jsonl"},
+        "device": {"default": "cpu", "help": "where to train"},
+    }
+
+    def prepare(self, args):
+        base, self.flags, self.dtype = (
+            lib.OUT / "film_reviews",
+            {"device": args.device},
+            {"dtype": "bfloat16"},
+        )
+        if not (base / "data").exists():
+            splits = make_splits(read_reviews(args.reviews, AutoTokenizer.from_pretrained(args.model)))
+            shutil.rmtree(base / "new", ignore_errors=True)
+            for name, split, rows in [(x, y, z) for x, parts in splits.items() for y, z in parts.items()]:
+                path = base / "rows" / name / f"{split}.jsonl"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            for name in splits:
+                lib.call(
+                    "data.py", dataset=base / "rows" / name, model=args.model, output_dir=base / "new" / name
+                )
+            (base / "new").rename(base / "data")  # once, when all of it is there
+        more = STAGE | self.flags | self.dtype
+        flags = more | {"model": args.model, "dataset": base / "data/sft", "response_length": RESPONSE}
+        lib.train("sft.py", base / "sft", args.reviews, epochs=1, **flags)
+        pairs = more | {"model": base / "sft", "response_length": PROMPT + WHOLE, "minibatch_size": 32}
+        for name, data, seed in (("reward_model", "pairs", 0), ("judge", "judge_pairs", 1)):
+            lib.train("reward_model.py", base / name, dataset=base / "data" / data, seed=seed, **pairs)
+        self.judge = base / "judge"
+        return {
+            "model": base / "sft",
+            "reward_model": base / "reward_model",
+            "prompts": base / "data/prompts",
+        }
+
+    def measure(self, folder, paths):
+        """The scores of every answer by the reward model and by the judge, and the KL at every prompt."""
+        sft = lib.OUT / "film_reviews/sft_answers.json"
+        if not sft.exists():
+            sft.write_text(json.dumps(self.ask(folder, "sft", SFT_RESPONSES, paths)))
+        return json.loads(sft.read_text()), self.ask(folder, folder.name, RESPONSES, paths)
+
+    def ask(self, folder, policy, count, paths):
+        flags = {
+            "dataset": paths["prompts"],
+            "num_prompts": PROMPTS,
+            "samples_per_prompt": count,
+        } | self.dtype
+        rows = lib.answers(f"{folder}.answers", [folder], **flags, **self.flags)[policy]
+        judge = {"reward_model": self.judge, "missing_eos_penalty": 0.0}
+        judged = lib.answers(f"{folder}.judged", [folder], **flags, **self.flags, **judge)[policy]
+        if [row["response"] for row in rows] != [row["response"] for row in judged]:
+            sys.exit(
+                f"error: {policy} answered differently when it was judged; use a device that repeats itself"
+            )
+        by_prompt = [slice(i, i + count) for i in range(0, len(rows), count)]
+        line = {"reward": [[round(row["reward"], 3) for row in rows[x]] for x in by_prompt]}
+        line["judge"] = [[round(row["reward"], 3) for row in judged[x]] for x in by_prompt]
+        line["kl"] = [round(statistics.fmean(row["kl_exact"] for row in rows[x]), 4) for x in by_prompt]
+        return line | {x: round(statistics.fmean(row[x] for row in rows), 4) for x in ("length", "ended")}
+
+    def complete(self, point, found):
+        """Adds nothing, because the tables need the values of every prompt."""
+        return point
+
+
+# ------------------------------------------------------------------------ values by prompt, for the tables
+def by_prompt(line, sft, beta):
+    """{value: (P,)} of a run: gain, KL, objective, and the judge's gain at every prompt."""
+    means = [
+        torch.tensor(x[y], dtype=torch.float64).mean(1) for y in ("reward", "judge") for x in (line, sft)
+    ]
+    return columns(
+        means[0] - means[1], torch.tensor(line["kl"], dtype=torch.float64), means[2] - means[3], beta
+    )
+
+
+def columns(gain, kl, judge, beta):
+    return {"gain": gain, "KL": kl, "objective": gain - beta * kl, "judge's gain": judge}
+
+
+def untrained(sft, beta, best_of):
+    """{policy: values by prompt} of what the SFT model's answers alone say: best of n, and the optimum."""
+    reward, judge = (torch.tensor(sft[x], dtype=torch.float64) for x in ("reward", "judge"))
+    values, N = {}, reward.shape[1]
+    for n in best_of:  # over all subsets of n: the i-th smallest of N is the largest of C(i - 1, n - 1)
+        share = torch.tensor([math.comb(i, n - 1) / math.comb(N, n) for i in range(N)], dtype=torch.float64)
+        gain, judged = (x.gather(1, reward.argsort(1)) @ share - x.mean(1) for x in (reward, judge))
+        values[f"best of {n}, untrained"] = columns(
+            gain, torch.full_like(gain, best_of_n_kl(n)), judged, beta
+        )
+    rows = [gibbs_frontier(r, [beta], gold=j)[0] for r, j in zip(reward.split(1), judge.split(1))]
+    names = "reward", "kl", "gold_reward"
+    best, kl, judged = (torch.tensor([row[x] for row in rows], dtype=torch.float64) for x in names)
+    values["the optimum"] = columns(best - reward.mean(1), kl, judged - judge.mean(1), beta)
+    return values
+
+
+def bootstrap(statistic, num_prompts, resamples=1000):
+    """(value, low, high) of a statistic of the prompts, with its 95% percentile bootstrap over prompts.
+
+    statistic: from share (M, P), the weights of the prompts in M samples of them, to (M,).
+    """
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(num_prompts, (resamples, num_prompts), generator=generator)
+    rows = torch.cat([torch.arange(num_prompts).unsqueeze(0), rows])  # first every prompt once: the value
+    share = torch.zeros(rows.shape, dtype=torch.float64)
+    values = statistic(share.scatter_add(1, rows, share + 1 / num_prompts))
+    return values[0].item(), *values[1:].quantile(values.new_tensor([0.025, 0.975])).tolist()

@@ -1,0 +1,57 @@
+"""If beta is small, so that the KL may grow, does the true reward turn over while the reward model's rises?
+
+    python results/overoptimisation/run.py --plots_only     tables and picture from runs.jsonl
+    python results/overoptimisation/run.py                  trains and measures everything again
+
+The toy is a small world whose true ("gold") reward is known. No method sees it in training.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import lib
+from toy_task import Toy
+
+SEEDS, BETAS, METHODS = range(1, 6), (1.0, 0.5, 0.25, 0.1, 0.05), ("P3O", "PPO", "DPO", "online DPO")
+PLAN = [lib.run(m, seed, {"beta": b}, beta=b) for m in METHODS for b in BETAS for seed in SEEDS]
+
+
+def tables(found):
+    rows = []
+    for m in METHODS:
+        points = {beta: found.pick(method=m, beta=beta) for beta in BETAS[2:]}
+        row = {"method": m} | {
+            f"true gain, beta {b}": lib.interval(x, "gold_gain") for b, x in points.items()
+        }
+        row["0.05 minus 0.25"] = lib.paired(points[0.05], points[0.25], "gold_gain")
+        row["0.05 minus 0.1"] = lib.paired(points[0.05], points[0.1], "gold_gain")
+        row["the same of the reward model's gain"] = lib.paired(points[0.05], points[0.1], "gain")
+        rows.append(row | {"KL, beta 0.05": lib.interval(points[0.05], "kl")})
+    return {"gold": rows}
+
+
+def picture(found):
+    figure, axes = lib.axes(2, 4.8, 4.2, sharey=True)
+    for axis, name, title in (
+        (axes[0], "gain", "what they train on: the reward model"),
+        (axes[1], "gold_gain", "what is wanted: the true reward"),
+    ):
+        for m in METHODS:
+            points = [found.pick(method=m, beta=beta) for beta in BETAS]
+            kls, gains = ([lib.interval(x, y) for x in points] for y in ("kl", name))
+            lib.curve(axis, m, [kl[0] if kl else None for kl in kls], gains, kls, lw=2)
+        axis.set_title(title, fontsize=11)
+        axis.set_xlabel("KL to the SFT model, nats per response")
+    axes[0].set_ylabel("gain over the SFT model")
+    axes[0].legend(loc="upper left", fontsize=10)
+    figure.suptitle("At a large KL the true reward turns down, and by far the most with DPO", fontsize=13)
+    return figure
+
+
+def main(argv=None):
+    lib.main(__file__, PLAN, tables, picture, Toy(), argv)
+
+
+if __name__ == "__main__":
+    main()
