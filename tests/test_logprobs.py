@@ -16,20 +16,11 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BloomConfig,
-    BloomForCausalLM,
     GenerationConfig,
     GPT2Config,
-    GPT2ForSequenceClassification,
-    GPT2LMHeadModel,
     GPTNeoXConfig,
-    GPTNeoXForCausalLM,
-    GPTNeoXForSequenceClassification,
     LlamaConfig,
-    LlamaForCausalLM,
-    LlamaForSequenceClassification,
     Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen2ForSequenceClassification,
 )
 
 import p3o
@@ -38,28 +29,16 @@ import sft
 VOCAB, EOS = 23, 1
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 COMMON = {"vocab_size": VOCAB, "initializer_range": 0.3, "eos_token_id": EOS, "bos_token_id": None}
+SIZES |= {"max_position_embeddings": 64}
 CONFIGS = {
-    "gpt2": (
-        GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=64, **COMMON),
-        GPT2LMHeadModel,
-        GPT2ForSequenceClassification,
-    ),
-    "llama": (
-        LlamaConfig(num_key_value_heads=2, max_position_embeddings=64, **SIZES, **COMMON),
-        LlamaForCausalLM,
-        LlamaForSequenceClassification,
-    ),
-    "gpt_neox": (
-        GPTNeoXConfig(max_position_embeddings=64, **SIZES, **COMMON),
-        GPTNeoXForCausalLM,
-        GPTNeoXForSequenceClassification,
-    ),
-    "qwen2": (
-        Qwen2Config(num_key_value_heads=2, max_position_embeddings=64, **SIZES, **COMMON),
-        Qwen2ForCausalLM,
-        Qwen2ForSequenceClassification,
-    ),
+    "gpt2": GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=64, **COMMON),
+    "llama": LlamaConfig(num_key_value_heads=2, **SIZES, **COMMON),
+    "gpt_neox": GPTNeoXConfig(**SIZES, **COMMON),
+    "qwen2": Qwen2Config(num_key_value_heads=2, **SIZES, **COMMON),
 }
+
+
+KINDS = (AutoModelForCausalLM, {}), (AutoModelForSequenceClassification, {"num_labels": 1})
 
 
 # ---------------------------------------------------------------------------------------------------- helpers
@@ -67,11 +46,11 @@ def words(pad=EOS):
     return word_tokenizer(VOCAB, EOS, pad)
 
 
-def make(name, kind, dtype=torch.float64, **config):
-    """A random model in eval mode; kind: 1 for the language model, 2 for the sequence classifier."""
+def make(name, kind, dtype=torch.float64, **changes):
+    """A random model in eval mode. kind is 1 for a language model and 2 for a sequence classifier."""
     torch.manual_seed(0)
-    settings = CONFIGS[name][0].to_dict() | config
-    return CONFIGS[name][kind](type(CONFIGS[name][0])(**settings)).to(dtype).eval()
+    config = type(CONFIGS[name])(**CONFIGS[name].to_dict() | changes)
+    return KINDS[kind - 1][0].from_config(config).to(dtype).eval()
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
@@ -538,9 +517,6 @@ def test_the_saved_policy_samples_as_in_training(name, monkeypatch, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------- loading
-KINDS = (AutoModelForCausalLM, {}), (AutoModelForSequenceClassification, {"num_labels": 1})
-
-
 def saved(model, folder, tensors=None, **config):
     """Saves the model; tensors and config then change what is in the folder, but not the other one of the two."""
     model.save_pretrained(folder)
@@ -623,6 +599,8 @@ def test_texts_longer_than_the_positions_are_refused(tmp_path):
     args.response_length = 33
     with pytest.raises(SystemExit, match="takes at most 64 tokens; lower --prompt_length"):
         p3o.load_model(KINDS[0][0], folder, words(), args)
-    bloom = BloomForCausalLM(BloomConfig(vocab_size=VOCAB, hidden_size=8, n_head=2, n_layer=1))
+    bloom = AutoModelForCausalLM.from_config(
+        BloomConfig(vocab_size=VOCAB, hidden_size=8, n_head=2, n_layer=1)
+    )
     folder = saved(bloom, tmp_path / "bloom")  # its positions have no end, and its config names none
     assert p3o.load_model(KINDS[0][0], folder, words(), args)

@@ -87,20 +87,6 @@ def naive_gradient(logp_new, logp_old, reward, clip_range, clipping, c=None, ste
     return gradient
 
 
-def naive_ppg(logp_new, logp_old, reward, importance):
-    """Gradient of the pairwise policy gradient in the log-probs: mean over pairs of (R_i - R_j)(e_i - e_j) / 2, each
-    pair weighted by rho_i rho_j if importance, then the mean over prompts."""
-    B, K = reward.shape
-    gradient = torch.zeros_like(logp_new)
-    pairs = list(itertools.combinations(range(K), 2))
-    for b, (i, j) in itertools.product(range(B), pairs):
-        log_weight = sum(float(logp_new[b, k] - logp_old[b, k]) for k in (i, j)) if importance else 0.0
-        push = float(reward[b, i] - reward[b, j]) * math.exp(log_weight) / 2 / len(pairs) / B
-        gradient[b, i] += push
-        gradient[b, j] -= push
-    return gradient
-
-
 # Every text of at most three tokens over {0, 1, EOS = 2}: one that reaches the length limit has no EOS.
 PREFIXES = [prefix for length in range(3) for prefix in itertools.product((0, 1), repeat=length)]  # 7
 RESPONSES = [
@@ -239,14 +225,6 @@ def test_two_responses_are_the_papers_formulas(clipping):
     assert pair_loss(new, old, reward, clipping).item() == pytest.approx(-objective.item(), rel=1e-12)
 
 
-@pytest.mark.parametrize("K", [2, 3, 5])
-def test_pairwise_policy_gradient_against_naive_loop(K):
-    new, old, reward = draw(6, K)
-    loss, grad = loss_and_grad(new, old, reward, "none")
-    assert loss.shape == ()
-    torch.testing.assert_close(grad, -naive_ppg(new, old, reward, importance=False), rtol=0, atol=1e-14)
-
-
 @EACH
 @pytest.mark.parametrize("K", [2, 3, 5])
 def test_first_step_is_the_pairwise_policy_gradient(clipping, K):
@@ -257,14 +235,6 @@ def test_first_step_is_the_pairwise_policy_gradient(clipping, K):
     torch.testing.assert_close(torch.autograd.grad(loss, leaf)[0], ppg, rtol=0, atol=1e-14)
     assert loss.item() == pytest.approx(0, abs=1e-15)
     assert stats["clip_fraction"] == 0 and stats["log_ratio_max"] == 0
-
-
-@EACH
-@pytest.mark.parametrize("K", [2, 3, 5])
-def test_unclipped_is_the_importance_sampled_pairwise_policy_gradient(clipping, K):
-    new, old, reward = draw(6, K, spread=1.0)
-    _, grad = loss_and_grad(new, old, reward, clipping, clip_range=math.inf)
-    torch.testing.assert_close(grad, -naive_ppg(new, old, reward, importance=True), rtol=1e-12, atol=1e-13)
 
 
 @EACH_AND_NONE
