@@ -119,9 +119,7 @@ def read_score(model, prompt_ids, prompt_mask, response_ids, response_mask):
     hidden = model.base_model(**inputs, use_cache=False).last_hidden_state.float()  # (N, P + R, D)
     with torch.autocast(hidden.device.type, enabled=False):  # a bfloat16 head would round scores by up to 1%
         scores = model.score(hidden[:, prompt_ids.shape[1] - 1 :]).squeeze(-1)  # (N, 1 + R)
-    return scores.gather(1, response_mask.sum(1, keepdim=True)).squeeze(
-        1
-    )  # by position, as pad may equal EOS
+    return scores.gather(1, response_mask.sum(1, keepdim=True)).squeeze(1)  # by position: pad may be EOS
 
 
 def token_rows(batch, rows):
@@ -132,12 +130,11 @@ def token_rows(batch, rows):
 
 def pad_rows(prompt_ids, response_ids, tokenizer, args):
     """Pads N prompts on the left and N responses on the right: a batch, as token_rows reads it."""
-    prompt, response = (
-        tokenizer.pad({"input_ids": ids}, padding_side=side, return_tensors="pt").to(args.device)
-        for ids, side in ((prompt_ids, "left"), (response_ids, "right"))
-    )
+    prompt = tokenizer.pad({"input_ids": prompt_ids}, padding_side="left", return_tensors="pt")
+    response = tokenizer.pad({"input_ids": response_ids}, padding_side="right", return_tensors="pt")
     batch = {"prompt_ids": prompt["input_ids"], "prompt_mask": prompt["attention_mask"].bool()}
-    return batch | {"response_ids": response["input_ids"], "response_mask": response["attention_mask"].bool()}
+    batch |= {"response_ids": response["input_ids"], "response_mask": response["attention_mask"].bool()}
+    return {name: rows.to(args.device) for name, rows in batch.items()}
 
 
 # ------------------------------------------------------------------------------------------- data and models
@@ -170,9 +167,9 @@ def read_rows(name, splits, columns, tokenizer, args):
         data = datasets.load_dataset(name)
     split = next((split for split in splits if split in data), None)
     found = data[split][0].keys() if split and data[split] else ()
+    message = f"{name} has no columns {['prompt', *columns]} in a split {splits}; make it with data.py"
     columns = ["chosen" if column == "completion" and column not in found else column for column in columns]
-    readable = {"prompt", *columns} <= set(found)
-    check(readable, f"{name} has no columns {['prompt', *columns]} in a split {splits}; make it with data.py")
+    check({"prompt", *columns} <= set(found), message)
     texts = {column: [row[column] for row in data[split]] for column in ["prompt", *columns]}
     ids = {column: tokenizer(texts[column], add_special_tokens=False)["input_ids"] for column in texts}
     rows = []
@@ -180,9 +177,7 @@ def read_rows(name, splits, columns, tokenizer, args):
         response_ids = [ids[column][i] + [tokenizer.eos_token_id] for column in columns]
         longest = max(map(len, response_ids), default=0)
         if 0 < len(prompt_ids) <= args.prompt_length and longest <= args.response_length:
-            rows.append(
-                {"prompt": texts["prompt"][i], "prompt_ids": prompt_ids, "response_ids": response_ids}
-            )
+            rows += [{"prompt": texts["prompt"][i], "prompt_ids": prompt_ids, "response_ids": response_ids}]
     print(f"{name} ({split}): {len(rows)} of {len(texts['prompt'])} rows fit the length limits", flush=True)
     check(rows, f"no row fits --prompt_length {args.prompt_length} and --response_length; raise them")
     return rows
@@ -190,10 +185,7 @@ def read_rows(name, splits, columns, tokenizer, args):
 
 def data_order(num_rows, size, step, seed):
     """The row numbers for step 1, 2, ... Each pass is shuffled by a seed, so there is no state to save."""
-    first, last = (
-        (step - 1) * size // num_rows,
-        (step * size - 1) // num_rows,
-    )  # the passes that this step touches
+    first, last = (step - 1) * size // num_rows, (step * size - 1) // num_rows  # the passes it touches
     generators = [torch.Generator().manual_seed(seed * 10**6 + i) for i in range(first, last + 1)]
     order = torch.cat([torch.randperm(num_rows, generator=generator) for generator in generators])
     return order[(step - 1) * size - first * num_rows :][:size].tolist()
@@ -203,11 +195,12 @@ def load_model(auto_class, name, tokenizer, args, may_lack=(), **options):
     """Loads a model in float32 and in eval mode: with dropout the first importance ratio would not be 1."""
     model, info = auto_class.from_pretrained(name, dtype=torch.float32, output_loading_info=True, **options)
     lacking = sorted(set(info["missing_keys"]) - set(may_lack))
+    lacking += ["score.weight"] if "num_labels" in options and not hasattr(model, "score") else []
     check(not lacking, f"{name} lacks the weights {lacking[:3]}; give a model that has them")
     other_heads = ("lm_head.", "embed_out.") if "num_labels" in options else ()
     unread = [key for key in info["unexpected_keys"] if not key.startswith(other_heads)]
     unread += [file.name for file in Path(name).glob("adapter_config.json")]
-    check(not unread, f"{name} holds {unread[:3]}, which would be ignored; merge or remove them first")
+    check(not unread, f"{name} holds {unread[:3]}, which would be ignored; give a model without them")
     rows, highest = model.get_input_embeddings().num_embeddings, max(tokenizer.get_vocab().values())
     check(highest < rows, f"{name} has {rows} embeddings, too few for token id {highest}; resize them")
     limit = getattr(model.config, "max_position_embeddings", None) or math.inf
@@ -255,7 +248,7 @@ def compute_scores(reward_function, batch):
     check(complete, f"the reward is {scores!r:.50}; return a list of one number for each response")
     for score, response in zip(scores, batch["response"]):
         finite = hasattr(score, "__float__") and math.isfinite(score)
-        check(finite, f"the reward of the response {response!r} is {score!r}; return a finite number")
+        check(finite, f"the reward of the response {response!r:.60} is {score!r}; return a finite number")
     return scores
 
 
@@ -415,7 +408,7 @@ def update_on_pairs(policy, optimizer, batch, minibatch, args):
 
 
 @torch.no_grad()
-def evaluate_pairs(step, policy, reference, rows, tokenizer, args):
+def evaluate_preferences(step, policy, reference, rows, tokenizer, args):
     """Metrics on held-out pairs. If no reward model is there for `evaluate`, the KL is measured here."""
     batch = read_pairs(reference, rows, tokenizer, args)
     metrics = pairs_loss(policy, batch, torch.arange(len(rows)), args)
@@ -486,13 +479,15 @@ def main(args):
     sampling |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     policy.generation_config = transformers.GenerationConfig(**sampling, max_new_tokens=args.response_length)
     optimizer = torch.optim.Adam(policy.parameters(), betas=(0.9, 0.95), eps=1e-5, fused=True)
-    first_step = open_run(policy, optimizer, args)["step"] + 1
-    bar = tqdm(range(first_step, args.steps + 1), "dpo", args.steps + 1, initial=first_step, disable=None)
+    next_step = open_run(policy, optimizer, args)["step"] + 1
+    bar = tqdm(range(next_step, args.steps + 1), "dpo", args.steps + 1, initial=next_step, disable=None)
     models = policy, reference.requires_grad_(False), reward
     for step in bar:  # step 0 only evaluates and saves the SFT model
         metrics = dpo_step(step, *models, optimizer, train, tokenizer, args) if step > 0 else {}
         if step % args.eval_every == 0 or step == args.steps:
-            metrics |= {} if args.online else evaluate_pairs(step, *models[:2], held_out, tokenizer, args)
+            metrics |= (
+                {} if args.online else evaluate_preferences(step, *models[:2], held_out, tokenizer, args)
+            )
             metrics |= evaluate(step, *models, held_out, tokenizer, args) if reward else {}
         bar.set_postfix({name: f"{metrics[name]:.3f}" for name in ("loss", "accuracy") if name in metrics})
         with open(Path(args.output_dir, "metrics.jsonl"), "a") as log:

@@ -114,7 +114,7 @@ def read_score(model, prompt_ids, prompt_mask, response_ids, response_mask):
     hidden = model.base_model(**inputs, use_cache=False).last_hidden_state.float()  # (N, P + R, D)
     with torch.autocast(hidden.device.type, enabled=False):  # a bfloat16 head would round scores by up to 1%
         scores = model.score(hidden[:, prompt_ids.shape[1] - 1 :]).squeeze(-1)  # (N, 1 + R)
-    return scores.gather(1, response_mask.sum(1, keepdim=True)).squeeze(1)  # by position: pad may equal EOS
+    return scores.gather(1, response_mask.sum(1, keepdim=True)).squeeze(1)  # by position: pad may be EOS
 
 
 def token_rows(batch, rows):
@@ -133,7 +133,7 @@ def check(condition, message):
 def load_tokenizer(args):
     """Loads the model's tokenizer and checks that its EOS is the token that ends a turn in the data set."""
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # safe, because masks go by position
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # safe: no mask looks for this token
     eos, record = tokenizer.eos_token, Path(args.dataset, "data.json")  # data.py writes this file
     end = json.loads(record.read_text())["eos_token"] if record.exists() else eos
     check(eos and eos == end, f"{args.model} has EOS {eos!r}, {args.dataset} has {end!r}; run sft.py first")
@@ -160,29 +160,28 @@ def read_prompts(splits, tokenizer, args):
 
 def pad_rows(prompt_ids, response_ids, tokenizer, args):
     """Pads N prompts on the left and N responses on the right: a batch, as token_rows reads it."""
-    prompt, response = (
-        tokenizer.pad({"input_ids": ids}, padding_side=side, return_tensors="pt").to(args.device)
-        for ids, side in ((prompt_ids, "left"), (response_ids, "right"))
-    )
+    prompt = tokenizer.pad({"input_ids": prompt_ids}, padding_side="left", return_tensors="pt")
+    response = tokenizer.pad({"input_ids": response_ids}, padding_side="right", return_tensors="pt")
     batch = {"prompt_ids": prompt["input_ids"], "prompt_mask": prompt["attention_mask"].bool()}
-    return batch | {"response_ids": response["input_ids"], "response_mask": response["attention_mask"].bool()}
+    batch |= {"response_ids": response["input_ids"], "response_mask": response["attention_mask"].bool()}
+    return {name: rows.to(args.device) for name, rows in batch.items()}
 
 
 def load_model(auto_class, name, tokenizer, args, may_lack=(), **options):
     """Loads a model in float32 and in eval mode: with dropout the first importance ratio would not be 1."""
-    options |= {"dtype": torch.float32, "output_loading_info": True}
-    model, info = auto_class.from_pretrained(name, **options)
+    model, info = auto_class.from_pretrained(name, dtype=torch.float32, output_loading_info=True, **options)
     lacking = sorted(set(info["missing_keys"]) - set(may_lack))
+    lacking += ["score.weight"] if "num_labels" in options and not hasattr(model, "score") else []
     check(not lacking, f"{name} lacks the weights {lacking[:3]}; give a model that has them")
     other_heads = ("lm_head.", "embed_out.") if "num_labels" in options else ()
     unread = [key for key in info["unexpected_keys"] if not key.startswith(other_heads)]
     unread += [file.name for file in Path(name).glob("adapter_config.json")]
-    check(not unread, f"{name} holds {unread[:3]}, which would be ignored; merge or remove them first")
+    check(not unread, f"{name} holds {unread[:3]}, which would be ignored; give a model without them")
     rows, highest = model.get_input_embeddings().num_embeddings, max(tokenizer.get_vocab().values())
     check(highest < rows, f"{name} has {rows} embeddings, too few for token id {highest}; resize them")
-    length = args.prompt_length + args.response_length
-    limit = getattr(model.config, "max_position_embeddings", None) or length
-    check(length <= limit, f"{name} takes at most {limit} tokens; lower --prompt_length or --response_length")
+    limit = getattr(model.config, "max_position_embeddings", None) or math.inf
+    fitting = args.prompt_length + args.response_length <= limit
+    check(fitting, f"{name} takes at most {limit} tokens; lower --prompt_length or --response_length")
     return model.eval().to(args.device)
 
 
@@ -204,9 +203,9 @@ def autocast(args):
 def sample_batch(policy, rows, num_responses, tokenizer, args):
     """Samples K responses to each of B prompts. Returns a batch: a dict of tensors and lists of N rows."""
     rows = [row for row in rows for _ in range(num_responses)]
-    ids = {"input_ids": [row["prompt_ids"] for row in rows]}
-    prompt = tokenizer.pad(ids, padding_side="left", return_tensors="pt").to(args.device)
-    with autocast(args):
+    prompt_ids = {"input_ids": [row["prompt_ids"] for row in rows]}
+    prompt = tokenizer.pad(prompt_ids, padding_side="left", return_tensors="pt").to(args.device)
+    with autocast(args):  # main has set the temperature and the length in policy.generation_config
         ids = policy.generate(**prompt)[:, prompt["input_ids"].shape[1] :]  # (N, R)
     is_eos = ids == tokenizer.eos_token_id
     mask = is_eos.cumsum(1) - is_eos.int() == 0  # True up to and including the first EOS
@@ -217,15 +216,15 @@ def sample_batch(policy, rows, num_responses, tokenizer, args):
     return batch
 
 
-def compute_scores(reward, batch):
-    """Calls the reward function and checks that it returns N finite numbers, which it returns as a list."""
-    scores = reward(batch)
+def compute_scores(reward_function, batch):
+    """Calls the reward function, checks that it gives N finite numbers, and returns them as a list."""
+    scores = reward_function(batch)
     scores = scores.tolist() if hasattr(scores, "tolist") else scores
     complete = isinstance(scores, list) and len(scores) == len(batch["response"])
     check(complete, f"the reward is {scores!r:.50}; return a list of one number for each response")
     for score, response in zip(scores, batch["response"]):
         finite = hasattr(score, "__float__") and math.isfinite(score)
-        check(finite, f"the reward of the response {response!r} is {score!r}; return a finite number")
+        check(finite, f"the reward of the response {response!r:.60} is {score!r}; return a finite number")
     return scores
 
 
@@ -299,7 +298,7 @@ def find_runs(runs):
     found = {}
     for folder in dict.fromkeys(folders):
         record = Path(folder, "args.json")
-        arguments = json.loads(record.read_text())["args"] if record.exists() else {}
+        arguments = json.loads(record.read_text()).get("args", {}) if record.exists() else {}
         is_policy = "beta" in arguments and any(Path(folder).glob("*.safetensors"))  # stage 3 has a beta
         check(is_policy or not runs, f"{folder} holds no policy; name folders of p3o.py, ppo.py or dpo.py")
         found |= {folder: arguments} if is_policy else {}
@@ -319,7 +318,7 @@ def take_settings(recorded, args):
             setattr(args, name, values[0])
 
 
-def check_output(args):
+def check_answers_file(args):
     """Checks that answers.jsonl may be written, before any work is done."""
     folder = Path(args.output_dir)
     check(folder.is_dir() or not os.path.lexists(folder), f"{folder} is no folder; give another --output_dir")
@@ -353,7 +352,7 @@ def main(runs, args):
         check(in_range, f"--{name} {value} is out of range; give a larger number")
     folders, recorded = find_runs(runs)
     take_settings(recorded.values(), args)
-    check_output(args)
+    check_answers_file(args)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.backends.cuda.matmul.fp32_precision = "tf32"  # several times as fast, and precise enough
@@ -364,7 +363,8 @@ def main(runs, args):
         reference = load_model(AutoModelForCausalLM, args.model, tokenizer, args)
         reward = load_reward(tokenizer, args)
     except OSError as error:
-        sys.exit(f"error: {str(error).splitlines()[0]}; run the stages before, or give other names")
+        names = f"{args.model}, {args.reward_model} or {args.dataset}"
+        sys.exit(f"error: cannot load {names} ({str(error).splitlines()[0]}); run the stages before this one")
     gold, policies, rows = load_gold(args.dataset), {"sft": args.model, **folders}, {}
     # 1. Each policy answers the same prompts.
     for name, folder in policies.items():

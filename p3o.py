@@ -166,9 +166,7 @@ def read_score(model, prompt_ids, prompt_mask, response_ids, response_mask):
     hidden = model.base_model(**inputs, use_cache=False).last_hidden_state.float()  # (N, P + R, D)
     with torch.autocast(hidden.device.type, enabled=False):  # a bfloat16 head would round scores by up to 1%
         scores = model.score(hidden[:, prompt_ids.shape[1] - 1 :]).squeeze(-1)  # (N, 1 + R)
-    return scores.gather(1, response_mask.sum(1, keepdim=True)).squeeze(
-        1
-    )  # by position, as pad may equal EOS
+    return scores.gather(1, response_mask.sum(1, keepdim=True)).squeeze(1)  # by position: pad may be EOS
 
 
 def token_rows(batch, rows):
@@ -214,10 +212,7 @@ def read_prompts(splits, tokenizer, args):
 
 def data_order(num_rows, size, step, seed):
     """The row numbers for step 1, 2, ... Each pass is shuffled by a seed, so there is no state to save."""
-    first, last = (
-        (step - 1) * size // num_rows,
-        (step * size - 1) // num_rows,
-    )  # the passes that this step touches
+    first, last = (step - 1) * size // num_rows, (step * size - 1) // num_rows  # the passes it touches
     generators = [torch.Generator().manual_seed(seed * 10**6 + i) for i in range(first, last + 1)]
     order = torch.cat([torch.randperm(num_rows, generator=generator) for generator in generators])
     return order[(step - 1) * size - first * num_rows :][:size].tolist()
@@ -227,11 +222,12 @@ def load_model(auto_class, name, tokenizer, args, may_lack=(), **options):
     """Loads a model in float32 and in eval mode: with dropout the first importance ratio would not be 1."""
     model, info = auto_class.from_pretrained(name, dtype=torch.float32, output_loading_info=True, **options)
     lacking = sorted(set(info["missing_keys"]) - set(may_lack))
+    lacking += ["score.weight"] if "num_labels" in options and not hasattr(model, "score") else []
     check(not lacking, f"{name} lacks the weights {lacking[:3]}; give a model that has them")
     other_heads = ("lm_head.", "embed_out.") if "num_labels" in options else ()
     unread = [key for key in info["unexpected_keys"] if not key.startswith(other_heads)]
     unread += [file.name for file in Path(name).glob("adapter_config.json")]
-    check(not unread, f"{name} holds {unread[:3]}, which would be ignored; merge or remove them first")
+    check(not unread, f"{name} holds {unread[:3]}, which would be ignored; give a model without them")
     rows, highest = model.get_input_embeddings().num_embeddings, max(tokenizer.get_vocab().values())
     check(highest < rows, f"{name} has {rows} embeddings, too few for token id {highest}; resize them")
     limit = getattr(model.config, "max_position_embeddings", None) or math.inf
@@ -279,7 +275,7 @@ def compute_scores(reward_function, batch):
     check(complete, f"the reward is {scores!r:.50}; return a list of one number for each response")
     for score, response in zip(scores, batch["response"]):
         finite = hasattr(score, "__float__") and math.isfinite(score)
-        check(finite, f"the reward of the response {response!r} is {score!r}; return a finite number")
+        check(finite, f"the reward of the response {response!r:.60} is {score!r}; return a finite number")
     return scores
 
 

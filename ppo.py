@@ -1,12 +1,11 @@
-"""PPO (Schulman et al. 2017) for language models, the baseline that P3O is compared with.
+"""PPO (Schulman et al. 2017, arXiv:1707.06347, [PPO]) for language models, the baseline of P3O.
 
 PPO treats each token as an action. A critic predicts at each token how much reward is still to come. The
 policy then makes those tokens more probable after which more reward came than the critic had predicted.
 
     python toy.py && python sft.py && python reward_model.py    # the stages before this one
-    python ppo.py                                               # 1 minute on two CPU cores; it ends with
+    python ppo.py                                               # 1 minute on two CPU cores; last line:
     out/ppo, step 60: gain 2.02 over the SFT model, reward 2.094 at KL 1.23 nats/response on held-out prompts
-    python ppo.py --preset ppo_max                              # the recipe PPO-max of [Secrets]
 
     token rewards   r_t = -beta log(pi_old / pi_SFT)(y_t), plus r(x, y) at the last token   token_rewards
     advantages      A_t = sum_l (gamma lam)^l delta_{t+l}, and returns R_t = A_t + V_t      gae
@@ -14,10 +13,9 @@ policy then makes those tokens more probable after which more reward came than t
     PPO-Penalty     max E rho_t A_t - c KL(pi_old || pi)                                    ppo_penalty_loss
     critic          min E max((V - R)^2, (clip(V, V_old - eps, V_old + eps) - R)^2) / 2     value_loss
 
-Read "the mathematics" first, then train_step, update_models and policy_and_value_loss at the end.
-
-Sources: [PPO] 1707.06347. [GAE] 1506.02438. [KL] Ziegler et al. 2019, 1909.08593. [N+] Huang et al. 2024,
-2403.17031. [Secrets] Zheng et al. 2023, "Secrets of RLHF in Large Language Models Part I: PPO", 2307.04964.
+Read "the mathematics" first, then update_models and train_step at the end. ALGORITHM.md lists the tricks of
+[Secrets] (Zheng et al. 2023, 2307.04964); --preset ppo_max is its recipe. [GAE] is 1506.02438, [KL] Ziegler
+et al. 2019, 1909.08593, and [N+] Huang et al. 2024, 2403.17031.
 
 Departures: KL(pi_old || pi) is estimated from the sampled tokens. Advantages are whitened over the rollout,
 not over each minibatch. The ptx term uses demonstrations, not pretraining text. Steps that train only the
@@ -50,9 +48,7 @@ def flag(default, text):
 
 @dataclass
 class Args:
-    preset: Literal["ppo", "ppo_max"] = flag(
-        "ppo", "recipe that sets the defaults of other flags; see PRESETS"
-    )
+    preset: Literal["ppo", "ppo_max"] = flag("ppo", "recipe with defaults for other flags; see PRESETS")
     model: str = flag("out/sft", "SFT model: the policy starts from it, and the KL is measured against it")
     reward_model: str = flag("out/reward_model", "sequence-classification model with one label")
     dataset: str = flag("data/toy/prompts", "hub name or folder with a text column 'prompt'; see data.py")
@@ -81,10 +77,9 @@ class Args:
     scale_reward: bool = flag(False, "divide scores by the std of all scores so far; not in PPO-max")
     reward_clip: float | None = flag(None, "largest absolute score after that; 0.3 to 0.8 in [Secrets]")
     whiten_advantages: bool = flag(True, "normalization of advantages to mean 0 and std 1 [N+]")
-    advantage_clip: float | None = flag(None, "largest absolute advantage; 0.12 to 0.5 in [Secrets]")
+    advantage_clip: float = flag(math.inf, "largest absolute advantage; 0.12 to 0.5 in [Secrets]")
     critic_init: Literal["reward", "sft"] = flag("reward", "reward model, or SFT model with a zero head")
     critic_warmup_steps: int = flag(0, "number of first steps that train only the critic")
-    entropy_coef: float = flag(0.0, "weight of the entropy per token in the objective; not in PPO-max")
     ptx_coef: float = flag(0.0, "weight of the demonstrations' log-likelihood per token (PPO-ptx)")
     ptx_dataset: str = flag("data/toy/sft", "demonstrations for --ptx_coef: columns prompt, completion")
     reward_shift: float = flag(0.0, "size of a random offset per prompt in the scores, an experiment")
@@ -155,8 +150,8 @@ def gae(reward_tok, value_tok, response_mask, gamma=1.0, lam=0.95):
 def importance_ratio(logp_new_tok, logp_old_tok, response_mask):
     """rho_t = pi(y_t) / pi_old(y_t), (B, R) and 1 outside the mask. Returns (rho, approx_kl, stats).
 
-    approx_kl () is the mean over tokens of rho - 1 - log rho, an unbiased estimate of KL(pi_old || pi) in
-    nats per token. log rho is clamped to [-20, 20] so that float32 stays finite. No gradient flows beyond.
+    approx_kl is the mean of rho - 1 - log rho over tokens, an unbiased estimate of KL(pi_old || pi) in nats
+    per token. log rho is clamped to [-20, 20] so that float32 stays finite. No gradient flows beyond.
     """
     log_ratio = (logp_new_tok - logp_old_tok).masked_fill(~response_mask, 0.0)
     log_rho = log_ratio.clamp(-20, 20)
@@ -168,8 +163,8 @@ def importance_ratio(logp_new_tok, logp_old_tok, response_mask):
 def ppo_clip_loss(logp_new_tok, logp_old_tok, advantages, response_mask, clip_range=0.2):
     """-E_t min(rho_t A_t, clip(rho_t, 1 - eps, 1 + eps) A_t), a mean over response tokens [PPO, eq. 7].
 
-    All tensors are (B, R), and log-probs are in nats. Returns the loss () and {"clip_fraction": share of
-    tokens whose gradient the clip removed, "log_ratio_max": max |log rho|, and "approx_kl"}.
+    All tensors are (B, R), and log-probs are in nats. Returns the loss, a scalar, and {"clip_fraction": share
+    of tokens whose gradient the clip removed, "log_ratio_max": max |log rho|, and "approx_kl"}.
     """
     rho, _, stats = importance_ratio(logp_new_tok, logp_old_tok, response_mask)
     unclipped, clipped = rho * advantages, rho.clamp(1 - clip_range, 1 + clip_range) * advantages
@@ -178,10 +173,7 @@ def ppo_clip_loss(logp_new_tok, logp_old_tok, advantages, response_mask, clip_ra
 
 
 def ppo_penalty_loss(logp_new_tok, logp_old_tok, advantages, response_mask, penalty):
-    """-E_t rho_t A_t + penalty KL(pi_old || pi), a mean over response tokens [PPO, eq. 8].
-
-    Shapes and results are those of ppo_clip_loss, with a clip_fraction of 0. The KL is approx_kl.
-    """
+    """-E_t rho_t A_t + penalty KL(pi_old || pi) [PPO, eq. 8]. Shapes and stats are as in ppo_clip_loss."""
     rho, approx_kl, stats = importance_ratio(logp_new_tok, logp_old_tok, response_mask)
     surrogate = masked_mean(rho * advantages, response_mask)
     return penalty * approx_kl - surrogate, stats | {"clip_fraction": 0.0}
@@ -190,7 +182,7 @@ def ppo_penalty_loss(logp_new_tok, logp_old_tok, advantages, response_mask, pena
 def value_loss(value_new_tok, value_old_tok, returns, response_mask, clip_range=0.2):
     """E_t max((V - R)^2, (clip(V, V_old - eps, V_old + eps) - R)^2) / 2, a mean over response tokens [N+].
 
-    All tensors are (B, R). With clip_range=None it is half the mean squared error. Returns the loss ().
+    All tensors are (B, R). With clip_range=None it is half the mean squared error. The loss is a scalar.
     """
     new, old = value_new_tok.masked_fill(~response_mask, 0.0), value_old_tok
     clipped = new if clip_range is None else old + (new - old).clamp(-clip_range, clip_range)
@@ -227,10 +219,7 @@ class RunningNormalizer:
 
 
 def adaptive_beta(beta, kl, target, horizon, n):
-    """beta (1 + clip(kl / target - 1, -0.2, 0.2) n / horizon) after n more responses [KL].
-
-    kl and target are in nats per response. n / horizon is limited to 1 so that beta stays positive.
-    """
+    """beta (1 + clip(kl / target - 1, -0.2, 0.2) min(n / horizon, 1)) after n responses [KL]; kl in nats."""
     return beta * (1 + min(max(kl / target - 1, -0.2), 0.2) * min(n / horizon, 1))
 
 
@@ -261,9 +250,7 @@ def read_score(model, prompt_ids, prompt_mask, response_ids, response_mask):
     hidden = model.base_model(**inputs, use_cache=False).last_hidden_state.float()  # (N, P + R, D)
     with torch.autocast(hidden.device.type, enabled=False):  # a bfloat16 head would round scores by up to 1%
         scores = model.score(hidden[:, prompt_ids.shape[1] - 1 :]).squeeze(-1)  # (N, 1 + R)
-    return scores.gather(1, response_mask.sum(1, keepdim=True)).squeeze(
-        1
-    )  # by position, as pad may equal EOS
+    return scores.gather(1, response_mask.sum(1, keepdim=True)).squeeze(1)  # by position: pad may be EOS
 
 
 def read_values(model, prompt_ids, prompt_mask, response_ids, response_mask):
@@ -272,15 +259,6 @@ def read_values(model, prompt_ids, prompt_mask, response_ids, response_mask):
     hidden = model.base_model(**inputs, use_cache=False).last_hidden_state.float()  # (N, P + R, D)
     with torch.autocast(hidden.device.type, enabled=False):  # as in read_score
         return model.score(hidden[:, prompt_ids.shape[1] - 1 : -1]).squeeze(-1)
-
-
-def response_entropy(model, prompt_ids, prompt_mask, response_ids, response_mask, temperature=1.0):
-    """Mean entropy of the next-token distributions over the response tokens: (), nats. Gradients flow."""
-    inputs = model_inputs(prompt_ids, prompt_mask, response_ids, response_mask)
-    keep = response_ids.shape[1] + 1
-    logits = model(**inputs, use_cache=False, logits_to_keep=keep).logits[:, :-1]
-    logps = torch.log_softmax(logits.float() / temperature, -1)  # (N, R, V)
-    return masked_mean(-(logps.exp() * logps).sum(-1), response_mask)
 
 
 def token_rows(batch, rows):
@@ -319,9 +297,9 @@ def read_rows(name, splits, columns, tokenizer, args):
         data = datasets.load_dataset(name)
     split = next((split for split in splits if split in data), None)
     found = data[split][0].keys() if split and data[split] else ()
+    message = f"{name} has no columns {['prompt', *columns]} in a split {splits}; make it with data.py"
     columns = ["chosen" if column == "completion" and column not in found else column for column in columns]
-    readable = {"prompt", *columns} <= set(found)
-    check(readable, f"{name} has no columns {['prompt', *columns]} in a split {splits}; make it with data.py")
+    check({"prompt", *columns} <= set(found), message)
     texts = {column: [row[column] for row in data[split]] for column in ["prompt", *columns]}
     ids = {column: tokenizer(texts[column], add_special_tokens=False)["input_ids"] for column in texts}
     rows = []
@@ -329,9 +307,7 @@ def read_rows(name, splits, columns, tokenizer, args):
         response_ids = [ids[column][i] + [tokenizer.eos_token_id] for column in columns]
         longest = max(map(len, response_ids), default=0)
         if 0 < len(prompt_ids) <= args.prompt_length and longest <= args.response_length:
-            rows.append(
-                {"prompt": texts["prompt"][i], "prompt_ids": prompt_ids, "response_ids": response_ids}
-            )
+            rows += [{"prompt": texts["prompt"][i], "prompt_ids": prompt_ids, "response_ids": response_ids}]
     print(f"{name} ({split}): {len(rows)} of {len(texts['prompt'])} rows fit the length limits", flush=True)
     check(rows, f"no row fits --prompt_length {args.prompt_length} and --response_length; raise them")
     return rows
@@ -339,20 +315,16 @@ def read_rows(name, splits, columns, tokenizer, args):
 
 def pad_rows(prompt_ids, response_ids, tokenizer, args):
     """Pads N prompts on the left and N responses on the right: a batch, as token_rows reads it."""
-    prompt, response = (
-        tokenizer.pad({"input_ids": ids}, padding_side=side, return_tensors="pt").to(args.device)
-        for ids, side in ((prompt_ids, "left"), (response_ids, "right"))
-    )
+    prompt = tokenizer.pad({"input_ids": prompt_ids}, padding_side="left", return_tensors="pt")
+    response = tokenizer.pad({"input_ids": response_ids}, padding_side="right", return_tensors="pt")
     batch = {"prompt_ids": prompt["input_ids"], "prompt_mask": prompt["attention_mask"].bool()}
-    return batch | {"response_ids": response["input_ids"], "response_mask": response["attention_mask"].bool()}
+    batch |= {"response_ids": response["input_ids"], "response_mask": response["attention_mask"].bool()}
+    return {name: rows.to(args.device) for name, rows in batch.items()}
 
 
 def data_order(num_rows, size, step, seed):
     """The row numbers for step 1, 2, ... Each pass is shuffled by a seed, so there is no state to save."""
-    first, last = (
-        (step - 1) * size // num_rows,
-        (step * size - 1) // num_rows,
-    )  # the passes that this step touches
+    first, last = (step - 1) * size // num_rows, (step * size - 1) // num_rows  # the passes it touches
     generators = [torch.Generator().manual_seed(seed * 10**6 + i) for i in range(first, last + 1)]
     order = torch.cat([torch.randperm(num_rows, generator=generator) for generator in generators])
     return order[(step - 1) * size - first * num_rows :][:size].tolist()
@@ -362,11 +334,12 @@ def load_model(auto_class, name, tokenizer, args, may_lack=(), **options):
     """Loads a model in float32 and in eval mode: with dropout the first importance ratio would not be 1."""
     model, info = auto_class.from_pretrained(name, dtype=torch.float32, output_loading_info=True, **options)
     lacking = sorted(set(info["missing_keys"]) - set(may_lack))
+    lacking += ["score.weight"] if "num_labels" in options and not hasattr(model, "score") else []
     check(not lacking, f"{name} lacks the weights {lacking[:3]}; give a model that has them")
     other_heads = ("lm_head.", "embed_out.") if "num_labels" in options else ()
     unread = [key for key in info["unexpected_keys"] if not key.startswith(other_heads)]
     unread += [file.name for file in Path(name).glob("adapter_config.json")]
-    check(not unread, f"{name} holds {unread[:3]}, which would be ignored; merge or remove them first")
+    check(not unread, f"{name} holds {unread[:3]}, which would be ignored; give a model without them")
     rows, highest = model.get_input_embeddings().num_embeddings, max(tokenizer.get_vocab().values())
     check(highest < rows, f"{name} has {rows} embeddings, too few for token id {highest}; resize them")
     limit = getattr(model.config, "max_position_embeddings", None) or math.inf
@@ -424,7 +397,7 @@ def compute_scores(reward_function, batch):
     check(complete, f"the reward is {scores!r:.50}; return a list of one number for each response")
     for score, response in zip(scores, batch["response"]):
         finite = hasattr(score, "__float__") and math.isfinite(score)
-        check(finite, f"the reward of the response {response!r} is {score!r}; return a finite number")
+        check(finite, f"the reward of the response {response!r:.60} is {score!r}; return a finite number")
     return scores
 
 
@@ -532,19 +505,16 @@ def save(step, model, optimizer, tokenizer, args, **more):
 # ------------------------------------------------------------------------------------------------------ main
 def policy_and_value_loss(policy, critic, batch, rows, args):
     """Returns the sum of both losses, each a mean over the response tokens of these rows, and stats."""
-    tokens, entropy = token_rows(batch, rows), 0.0
+    tokens = token_rows(batch, rows)
     with autocast(args):
         logp_new = response_logps(policy, **tokens, temperature=args.temperature)
         value_new = read_values(critic, **tokens)
-        if args.entropy_coef > 0:
-            entropy = response_entropy(policy, **tokens, temperature=args.temperature)
     names = "logp_old_tok", "advantages", "value_old_tok", "returns", "response_mask"
     logp_old, advantages, value_old, returns, mask = (batch[name][rows] for name in names)
     if args.policy_loss == "clip":
         policy_loss, stats = ppo_clip_loss(logp_new, logp_old, advantages, mask, args.clip_range)
     else:
         policy_loss, stats = ppo_penalty_loss(logp_new, logp_old, advantages, mask, args.penalty_coef)
-    policy_loss = policy_loss - args.entropy_coef * entropy
     critic_loss = value_loss(value_new, value_old, returns, mask, args.value_clip_range)
     return policy_loss + critic_loss, stats | {"loss": policy_loss.item(), "value_loss": critic_loss.item()}
 
@@ -564,10 +534,7 @@ def backward_demonstrations(policy, rows, tokenizer, args):
 
 
 def update_models(policy, critic, optimizer, batch, minibatch, ptx_rows, tokenizer, args):
-    """One optimizer step of both models on a minibatch of prompts, each with its K responses.
-
-    Micro-batches weigh as much as they have tokens, so that they add up to the gradient of the minibatch.
-    """
+    """One optimizer step of both models. Micro-batches count by their tokens, as in the whole minibatch."""
     K, metrics = args.num_responses, {"log_ratio_max": 0.0}
     num_tokens = batch["response_mask"].unflatten(0, (-1, K))[minibatch].sum()
     for prompts in minibatch.split(args.micro_batch_size):
@@ -611,21 +578,19 @@ def train_step(step, beta, models, critic, optimizer, normalizer, prompts, ptx_r
     reward_tok = token_rewards(score, batch["logp_old_tok"], batch["logp_ref_tok"], mask, beta)
     advantages, returns = gae(reward_tok, value, mask, args.gamma, args.lam)
     _, monte_carlo_returns = gae(reward_tok, value, mask, args.gamma, 1.0)  # they do not depend on the values
-    metrics = batch_metrics([batch]) | {"beta": beta, "advantage_mean": advantages[mask].mean().item()}
-    metrics["advantage_std"] = advantages[mask].std(correction=0).item()
+    metrics = batch_metrics([batch]) | {"beta": beta}
     errors, variance = (monte_carlo_returns - value)[mask], monte_carlo_returns[mask].var(correction=0)
     metrics["explained_variance"] = 1 - (errors.var(correction=0) / variance.clamp(min=1e-12)).item()
     if args.whiten_advantages:
         advantages = masked_whiten(advantages, mask)
-    if args.advantage_clip is not None:
-        advantages = advantages.clamp(-args.advantage_clip, args.advantage_clip)
+    advantages = advantages.clamp(-args.advantage_clip, args.advantage_clip)
     batch |= {"value_old_tok": value, "advantages": advantages.float(), "returns": returns.float()}
     # 3. Maximize the clipped objective and fit the critic to the returns for some epochs of minibatches.
     updates, data = [], (ptx_rows, tokenizer, args)
     for _ in range(args.epochs):
         for minibatch in torch.randperm(B).split(args.minibatch_size):
             updates.append(update_models(policy, critic, optimizer, batch, minibatch, *data))
-    # 4. Report the means.
+    # 4. Report the metrics.
     metrics |= {name: sum(update[name] for update in updates) / len(updates) for name in updates[0]}
     metrics["log_ratio_max"] = max(update["log_ratio_max"] for update in updates)
     return metrics | {"seconds": time.perf_counter() - start}
@@ -641,8 +606,8 @@ def parse_args(argv=None):
 
 
 def main(args):
-    may_be_zero = "seed beta lam penalty_coef critic_warmup_steps entropy_coef ptx_coef reward_shift"
-    check_args(args, may_be_zero.split() + ["missing_eos_penalty"])
+    may_be_zero = "seed beta lam penalty_coef critic_warmup_steps ptx_coef reward_shift missing_eos_penalty"
+    check_args(args, may_be_zero.split())
     check(args.gamma <= 1 and args.lam <= 1, "--gamma and --lam must be at most 1")
     check(args.prompts_per_step % args.minibatch_size == 0, "--minibatch_size must divide --prompts_per_step")
     transformers.logging.set_verbosity_error()
@@ -653,30 +618,30 @@ def main(args):
         tokenizer = load_tokenizer(args)
         prompts = read_rows(args.dataset, ["train"], [], tokenizer, args)
         held_out = read_rows(args.dataset, ["validation", "test"], [], tokenizer, args)[: args.eval_prompts]
-        ptx = args.ptx_coef > 0
-        ptx_rows = read_rows(args.ptx_dataset, ["train"], ["completion"], tokenizer, args) if ptx else []
+        ptx_rows = args.ptx_coef and read_rows(args.ptx_dataset, ["train"], ["completion"], tokenizer, args)
         policy, reference = (load_model(AutoModelForCausalLM, args.model, tokenizer, args) for _ in range(2))
         models = policy, reference.requires_grad_(False), load_reward(tokenizer, args)
         critic = load_critic(tokenizer, args)
     except OSError as error:
-        sys.exit(f"error: {str(error).splitlines()[0]}; run the stages before, or give other names")
+        names = f"{args.model}, {args.reward_model} or {args.dataset}"
+        sys.exit(f"error: cannot load {names} ({str(error).splitlines()[0]}); run the stages before this one")
     sampling = {"do_sample": True, "temperature": args.temperature, "top_k": 0, "top_p": 1.0}
     sampling |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     policy.generation_config = transformers.GenerationConfig(**sampling, max_new_tokens=args.response_length)
     groups = [{"params": model.parameters()} for model in (policy, critic)]  # each has its learning rate
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), eps=1e-5, fused=True)
-    scale = args.normalize_reward or args.scale_reward
-    normalizer = RunningNormalizer(args.normalize_reward, scale, args.reward_clip)
+    scales = args.normalize_reward or args.scale_reward
+    normalizer = RunningNormalizer(args.normalize_reward, scales, args.reward_clip)
     offset = args.reward_shift * torch.randn(len(prompts), 1, generator=torch.Generator().manual_seed(0))
-    offset = ((256 * offset).round() / 256).double().to(args.device)  # multiples of 1/256 are added exactly
+    offset = ((256 * offset).round() / 256).double().to(args.device)  # float64 adds such numbers exactly
     checkpoint = open_run(policy, optimizer, args)
     critic.load_state_dict(checkpoint.get("critic", critic.state_dict()))
     normalizer.load_state_dict(checkpoint.get("normalizer", normalizer.state_dict()))
-    beta, first_step = checkpoint.get("beta", args.beta), checkpoint["step"] + 1
-    trained, data = (critic, optimizer, normalizer), (prompts, ptx_rows, offset)
-    bar = tqdm(range(first_step, args.steps + 1), "ppo", args.steps + 1, initial=first_step, disable=None)
+    beta, next_step = checkpoint.get("beta", args.beta), checkpoint["step"] + 1
+    more = critic, optimizer, normalizer, prompts, ptx_rows, offset
+    bar = tqdm(range(next_step, args.steps + 1), "ppo", args.steps + 1, initial=next_step, disable=None)
     for step in bar:  # step 0 only evaluates and saves the SFT model
-        metrics = train_step(step, beta, models, *trained, *data, tokenizer, args) if step > 0 else {}
+        metrics = train_step(step, beta, models, *more, tokenizer, args) if step > 0 else {}
         if args.kl_target and step > args.critic_warmup_steps:
             num_rows = args.prompts_per_step * args.num_responses
             beta = adaptive_beta(beta, metrics["kl"], args.kl_target, args.kl_horizon, num_rows)

@@ -84,12 +84,11 @@ def lr_share(step, steps):
 # The functions from here to the main section are the same text in every training script that has them.
 def pad_rows(prompt_ids, response_ids, tokenizer, args):
     """Pads N prompts on the left and N responses on the right: a batch, as token_rows reads it."""
-    prompt, response = (
-        tokenizer.pad({"input_ids": ids}, padding_side=side, return_tensors="pt").to(args.device)
-        for ids, side in ((prompt_ids, "left"), (response_ids, "right"))
-    )
+    prompt = tokenizer.pad({"input_ids": prompt_ids}, padding_side="left", return_tensors="pt")
+    response = tokenizer.pad({"input_ids": response_ids}, padding_side="right", return_tensors="pt")
     batch = {"prompt_ids": prompt["input_ids"], "prompt_mask": prompt["attention_mask"].bool()}
-    return batch | {"response_ids": response["input_ids"], "response_mask": response["attention_mask"].bool()}
+    batch |= {"response_ids": response["input_ids"], "response_mask": response["attention_mask"].bool()}
+    return {name: rows.to(args.device) for name, rows in batch.items()}
 
 
 def model_inputs(prompt_ids, prompt_mask, response_ids, response_mask):
@@ -130,9 +129,9 @@ def read_rows(name, splits, columns, tokenizer, args):
         data = datasets.load_dataset(name)
     split = next((split for split in splits if split in data), None)
     found = data[split][0].keys() if split and data[split] else ()
+    message = f"{name} has no columns {['prompt', *columns]} in a split {splits}; make it with data.py"
     columns = ["chosen" if column == "completion" and column not in found else column for column in columns]
-    readable = {"prompt", *columns} <= set(found)
-    check(readable, f"{name} has no columns {['prompt', *columns]} in a split {splits}; make it with data.py")
+    check({"prompt", *columns} <= set(found), message)
     texts = {column: [row[column] for row in data[split]] for column in ["prompt", *columns]}
     ids = {column: tokenizer(texts[column], add_special_tokens=False)["input_ids"] for column in texts}
     rows = []
@@ -140,9 +139,7 @@ def read_rows(name, splits, columns, tokenizer, args):
         response_ids = [ids[column][i] + [tokenizer.eos_token_id] for column in columns]
         longest = max(map(len, response_ids), default=0)
         if 0 < len(prompt_ids) <= args.prompt_length and longest <= args.response_length:
-            rows.append(
-                {"prompt": texts["prompt"][i], "prompt_ids": prompt_ids, "response_ids": response_ids}
-            )
+            rows += [{"prompt": texts["prompt"][i], "prompt_ids": prompt_ids, "response_ids": response_ids}]
     print(f"{name} ({split}): {len(rows)} of {len(texts['prompt'])} rows fit the length limits", flush=True)
     check(rows, f"no row fits --prompt_length {args.prompt_length} and --response_length; raise them")
     return rows
@@ -150,10 +147,7 @@ def read_rows(name, splits, columns, tokenizer, args):
 
 def data_order(num_rows, size, step, seed):
     """The row numbers for step 1, 2, ... Each pass is shuffled by a seed, so there is no state to save."""
-    first, last = (
-        (step - 1) * size // num_rows,
-        (step * size - 1) // num_rows,
-    )  # the passes that this step touches
+    first, last = (step - 1) * size // num_rows, (step * size - 1) // num_rows  # the passes it touches
     generators = [torch.Generator().manual_seed(seed * 10**6 + i) for i in range(first, last + 1)]
     order = torch.cat([torch.randperm(num_rows, generator=generator) for generator in generators])
     return order[(step - 1) * size - first * num_rows :][:size].tolist()
@@ -163,11 +157,12 @@ def load_model(auto_class, name, tokenizer, args, may_lack=(), **options):
     """Loads a model in float32 and in eval mode: with dropout the first importance ratio would not be 1."""
     model, info = auto_class.from_pretrained(name, dtype=torch.float32, output_loading_info=True, **options)
     lacking = sorted(set(info["missing_keys"]) - set(may_lack))
+    lacking += ["score.weight"] if "num_labels" in options and not hasattr(model, "score") else []
     check(not lacking, f"{name} lacks the weights {lacking[:3]}; give a model that has them")
     other_heads = ("lm_head.", "embed_out.") if "num_labels" in options else ()
     unread = [key for key in info["unexpected_keys"] if not key.startswith(other_heads)]
     unread += [file.name for file in Path(name).glob("adapter_config.json")]
-    check(not unread, f"{name} holds {unread[:3]}, which would be ignored; merge or remove them first")
+    check(not unread, f"{name} holds {unread[:3]}, which would be ignored; give a model without them")
     rows, highest = model.get_input_embeddings().num_embeddings, max(tokenizer.get_vocab().values())
     check(highest < rows, f"{name} has {rows} embeddings, too few for token id {highest}; resize them")
     limit = getattr(model.config, "max_position_embeddings", None) or math.inf

@@ -217,8 +217,8 @@ def make_rows(kind: str, requests: list[tuple], count: int, rng: random.Random) 
     return rows
 
 
-def make_model(seed: int) -> tuple[PreTrainedTokenizerFast, GPT2LMHeadModel]:
-    """The tokenizer, which has one token a word, and an untrained model with random weights."""
+def make_model() -> tuple[PreTrainedTokenizerFast, GPT2Config]:
+    """The tokenizer, one token a word, and the config of the policy."""
     texts = [" ".join(OPENINGS + ENDINGS).replace("{}", "")] + [" ".join(words) for words in CLASSES.values()]
     vocabulary = ["<pad>", "<eos>", "<unk>"] + sorted({word for text in texts for word in split_words(text)})
     words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
@@ -232,15 +232,15 @@ def make_model(seed: int) -> tuple[PreTrainedTokenizerFast, GPT2LMHeadModel]:
     ids = dict(pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None)
     fused = dict(activation_function="gelu_pytorch_tanh")  # GPT-2's own, in one operation for eight
     # With the default range of 0.02, so narrow a model takes far longer to learn to copy from the prompt.
-    config = GPT2Config(**sizes, **dropouts, **ids, **fused, initializer_range=0.06)
-    torch.manual_seed(seed)
-    return tokenizer, GPT2LMHeadModel(config)
+    return tokenizer, GPT2Config(**sizes, **dropouts, **ids, **fused, initializer_range=0.06)
 
 
 def build(folder: Path, seed: int) -> None:
     """Writes every file of the task into an empty folder; args.json lists them."""
-    for part in make_model(seed):
-        part.save_pretrained(folder / "model")
+    tokenizer, config = make_model()
+    tokenizer.save_pretrained(folder / "model")
+    torch.manual_seed(seed)
+    GPT2LMHeadModel(config).save_pretrained(folder / "model")  # with random weights
     asked = [(place, aspect) for place in PLACES for aspect in ASPECTS]
     templates = [f"{opening} {ending}" for opening in OPENINGS for ending in ENDINGS]
     requests = [(template.format(*pair), *pair) for pair in asked for template in templates]

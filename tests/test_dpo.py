@@ -236,7 +236,7 @@ def test_the_gradient_norm_is_clipped():
 
 def test_held_out_metrics_are_means_over_all_pairs():
     policy, reference, examples, args = small_model(1), small_model(2), random_examples(7), batch_args(3)
-    metrics = dpo.evaluate_pairs(0, policy, reference, examples, TOKENIZER, args)
+    metrics = dpo.evaluate_preferences(0, policy, reference, examples, TOKENIZER, args)
     ratios = [
         [lone_logp(m, e["prompt_ids"], y, args.temperature).item() for m in (policy, reference)]
         for e in examples
@@ -258,7 +258,7 @@ def test_without_a_reward_model_the_kl_is_measured_on_fresh_responses(monkeypatc
     sampling = {"do_sample": True, "temperature": 0.7, "top_k": 0, "max_new_tokens": 6}
     policy.generation_config.update(**sampling, eos_token_id=1, pad_token_id=1)
     monkeypatch.setattr(dpo, "sample_batch", lambda *a: sampled.append(sample_batch(*a)) or sampled[-1])
-    metrics = dpo.evaluate_pairs(0, policy, reference, rows, TOKENIZER, args)
+    metrics = dpo.evaluate_preferences(0, policy, reference, rows, TOKENIZER, args)
     ratios = []
     for batch in sampled:
         for x, x_mask, y, y_mask in zip(*dpo.token_rows(batch, slice(None)).values()):

@@ -211,7 +211,7 @@ def test_what_is_no_folder_for_answers_is_refused_before_any_model_is_loaded(wor
     (world / "out/link").symlink_to("nowhere")
     (world / "out/mixed").mkdir()
     for name in ("answers.jsonl", "args.json"):  # a run's folder, into which someone has put answers
-        (world / "out/mixed" / name).touch()
+        (world / "out/mixed" / name).write_text("{}")
     for place, said in (
         ("out/p3o", "holds files of something else"),
         ("out/sft", "holds files of something else"),

@@ -254,7 +254,7 @@ def test_held_out_metrics_are_means_over_all_pairs(tmp_path):
     folder, tokenizer = sft_model(tmp_path)
     model, _ = reward_model.make_reward_model(tokenizer, args_for(folder))
     rows = random_rows(7)
-    metrics = reward_model.evaluate_pairs(0, model, rows, tokenizer, args_for(folder, micro_batch_size=3))
+    metrics = reward_model.held_out_accuracy(0, model, rows, tokenizer, args_for(folder, micro_batch_size=3))
     scores = [[lone_score(model, row["prompt_ids"] + y).item() for y in row["response_ids"]] for row in rows]
     margins = [chosen - rejected for chosen, rejected in scores]
     assert metrics["eval_loss"] == pytest.approx(sum(math.log1p(math.exp(-m)) for m in margins) / 7, rel=1e-4)
