@@ -1,3 +1,4 @@
+import json
 import multiprocessing
 import os
 import runpy
@@ -9,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
-os.environ["OMP_NUM_THREADS"] = (
-    "1"  # read when torch is imported; on toy models threads cost more than they give
-)
+# Read when torch and datasets are imported, and by every process that a test starts.
+os.environ["OMP_NUM_THREADS"] = "1"  # on toy models threads cost more than they give
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # threads that wait do not take the core from others
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests compare bits, on the CPU
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network
-if "HF_DATASETS_CACHE" not in os.environ:  # also read by the processes that tests start
+if "HF_DATASETS_CACHE" not in os.environ:
     _cache = tempfile.TemporaryDirectory(prefix="datasets_")
     os.environ["HF_DATASETS_CACHE"] = _cache.name
 
@@ -21,20 +23,21 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 
-# A process that has imported preloaded.py is forked for every script, which so starts at once.
+# Importing torch and transformers takes seconds. So one server process imports them once, with preloaded.py, and
+# forks itself for every script that a test starts.
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["preloaded"])
 
 
 def pytest_sessionstart():
-    """The server starts to import while pytest still collects the tests."""
+    """Starts the server, which imports while pytest still collects the tests."""
     with pytest.MonkeyPatch.context() as patch:  # it does not know our sys.path
         patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
         forkserver.ensure_running()
 
 
 def child(script, argv, cwd, log):
-    """Runs in the child: one script as from the command line, its output into two files."""
+    """Runs in the child: a script as from the command line, with its output in two files."""
     os.chdir(cwd)
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{log}.{name}", os.O_WRONLY | os.O_CREAT), number)
@@ -44,7 +47,7 @@ def child(script, argv, cwd, log):
 
 
 def run_script(script, *args, cwd, env=None):
-    """One script as its own process (env: a fresh one); its output as text. Does not check the exit status."""
+    """Runs a script as a process; with env as a fresh one. Returns status and output, and checks neither."""
     argv = [str(arg) for arg in args]
     if env:
         command = [sys.executable, str(ROOT / script), *argv]
@@ -65,7 +68,7 @@ CHATML = (
 
 
 def byte_tokenizer(reverse=False, chat_template=None, add_bos=False, **special):
-    """Any text in tokens of one byte; reversed ids make a different tokenizer. Special tokens come behind."""
+    """A tokenizer of bytes, with the special tokens at the end. Reversed ids make a different tokenizer."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -84,7 +87,7 @@ def byte_tokenizer(reverse=False, chat_template=None, add_bos=False, **special):
 
 
 def word_tokenizer(size, eos=1, pad=1):
-    """A tokenizer of the words w0, w1, ...; in the place of two, to be chosen, or of one stand <eos> and <pad>."""
+    """A tokenizer of the words w0, w1, ... except that two ids, or one for both, are <eos> and <pad>."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -94,12 +97,43 @@ def word_tokenizer(size, eos=1, pad=1):
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=words[eos], pad_token=words[pad])
 
 
+def write_rows(folder, splits=("train", "validation"), rows=8, columns=("prompt", "completion"), **changes):
+    """A data set of short texts such as p0 and c0, unless `changes` has another text for a column."""
+    folder.mkdir(parents=True)
+    texts = [{name: f"{name[0]}{i}" for name in columns} | changes for i in range(rows)]
+    for split in splits:
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
+    return folder
+
+
+def save_tiny_models(folder):
+    """A policy in lm and a reward model in rm: random GPT-2 models of one layer, with a tokenizer of bytes."""
+    import torch
+    from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    tokenizer = byte_tokenizer(chat_template=CHATML, pad_token="<pad>", eos_token="</s>")
+    size = {
+        "n_embd": 16,
+        "n_layer": 1,
+        "n_head": 2,
+        "n_positions": 32,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    size |= {"vocab_size": len(tokenizer), "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
+    reward_config = GPT2Config(**size, num_labels=1, initializer_range=0.3)  # so that scores differ
+    models = {"lm": GPT2LMHeadModel(GPT2Config(**size)), "rm": GPT2ForSequenceClassification(reward_config)}
+    for name, model in models.items():
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+
+
 @pytest.fixture(scope="session")
 def chain(tmp_path_factory):
-    """A working directory with data/toy, and out/sft and out/reward_model after a few steps; read only.
+    """A working directory with data/toy, out/sft and out/reward_model after a few steps. Read only.
 
-    Default paths are relative: run scripts with it as working directory and an --output_dir of your own.
-    The data are the first rows of what toy.py writes, as many as the few steps take.
+    Default paths are relative, so run scripts in it with an --output_dir elsewhere. The data are the first rows
+    of what toy.py writes, as many as the few steps take.
     """
     import toy
 
@@ -107,32 +141,20 @@ def chain(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(toy, "ROWS", toy.ROWS | {"sft": (1920, 64, 64), "preferences": (640, 64, 64)})
         toy.build(folder / "data/toy", 0)
-    for script, *args in (
-        ("sft.py", "--steps", 60, "--eval_rows", 64),
-        (
-            "reward_model.py",
-            "--steps",
-            40,
-            "--learning_rate",
-            3e-3,
-            "--minibatch_size",
-            16,
-            "--eval_rows",
-            64,
-        ),
-    ):
-        done = run_script(script, *args, cwd=folder)
+    few = ["--steps", 40, "--learning_rate", 3e-3, "--minibatch_size", 16]
+    for script, flags in {"sft.py": ["--steps", 60], "reward_model.py": few}.items():
+        done = run_script(script, *flags, "--eval_rows", 64, cwd=folder)
         assert done.returncode == 0, f"{script}: {done.stdout}{done.stderr}"
     return folder
 
 
 QUICK = ["--num_responses", 4, "--prompts_per_step", 16, "--minibatch_size", 8, "--steps", 6, "--beta", 0.1]
-QUICK += ["--learning_rate", 1e-3, "--eval_every", 0, "--eval_prompts", 64, "--device", "cpu"]
+QUICK += ["--learning_rate", 1e-3, "--eval_every", 100, "--eval_prompts", 64]
 
 
 @pytest.fixture(scope="session")
 def p3o_run(chain, tmp_path_factory):
-    """The folder of a run of p3o.py with QUICK, and what it printed; read only."""
+    """The folder of a run of p3o.py with the flags QUICK, and what it printed. Read only."""
     folder = tmp_path_factory.mktemp("runs") / "p3o"
     done = run_script("p3o.py", *QUICK, "--output_dir", folder, cwd=chain)
     assert done.returncode == 0, done.stderr
