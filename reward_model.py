@@ -144,6 +144,7 @@ def load_tokenizer(args):
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # safe: masks do not depend on it
     eos, record = tokenizer.eos_token, Path(args.dataset, "data.json")  # data.py writes this file
     end = json.loads(record.read_text())["eos_token"] if record.exists() else eos
+    check(len(tokenizer) > 1, f"{args.model} has no tokenizer files; add them, or give another model")
     check(eos and eos == end, f"{args.model} has EOS {eos!r}, {args.dataset} has {end!r}; run sft.py first")
     return tokenizer
 
@@ -360,7 +361,7 @@ def main(args):
         train = read_rows(args.dataset, ["train"], columns, tokenizer, args)
         held_out = read_rows(args.dataset, ["validation", "test"], columns, tokenizer, args)[: args.eval_rows]
         models = make_reward_model(tokenizer, args)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         names = f"{args.model} or {args.dataset}"
         sys.exit(f"error: cannot load {names} ({str(error).splitlines()[0]}); run the stages before this one")
     model = models[0]

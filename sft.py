@@ -309,7 +309,7 @@ def main(args):
         held_out = read_rows(args.dataset, ["validation", "test"], ["completion"], tokenizer, args)
         held_out = held_out[: args.eval_rows]
         model = load_model(AutoModelForCausalLM, args.model, tokenizer, args)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         names = f"{args.model} or {args.dataset}"
         sys.exit(f"error: cannot load {names} ({str(error).splitlines()[0]}); run toy.py or data.py first")
     probe_model(model, tokenizer, args)
