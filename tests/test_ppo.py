@@ -85,7 +85,6 @@ def test_gae_against_its_definition(gamma, lam):
             assert returns[n, t].item() == pytest.approx(target, abs=1e-12)
 
 
-# -------------------------------------------------------------------------------------------- masked moments
 def test_masked_mean_and_whitening_against_numpy():
     x, _, _, mask = draw(seed=4)
     dirty, values = with_garbage(x, mask), x[mask].numpy()
@@ -215,7 +214,6 @@ def test_adaptive_beta_by_hand():
     assert ppo.adaptive_beta(0.5, 0.0, target=1.0, horizon=1, n=128) == pytest.approx(0.4)
 
 
-# ---------------------------------------------------------------------------------------- equivalent rewards
 def test_equivalent_rewards_change_ppo():
     """r + delta(x) says the same of every pair of responses, yet gives PPO advantages of other sign."""
     generator = torch.Generator().manual_seed(0)
@@ -507,7 +505,6 @@ def test_critic_pretraining_leaves_the_policy_alone(world, tmp_path):
     assert rows[2]["value_loss"] != rows[1]["value_loss"] and rows[1]["critic_grad_norm"] > 0
 
 
-# -------------------------------------------------------------------------------------------------- presets
 PPO_MAX = ppo.PRESETS["ppo_max"]
 
 
