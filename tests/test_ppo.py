@@ -5,21 +5,13 @@ Legend: N responses, R tokens of the longest; "garbage" is nan and inf behind a 
 
 import json
 import math
-import os
 import random
 
 import numpy
 import pytest
 import torch
 from conftest import word_tokenizer
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    GPT2Config,
-    GPT2ForSequenceClassification,
-    GPT2LMHeadModel,
-)
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GPT2Config
 
 import ppo
 import toy
@@ -64,8 +56,6 @@ def central_differences(function, x, mask, step=1e-6):
 
 
 # ------------------------------------------------------------------------------------- token rewards and GAE
-
-
 def test_token_rewards_against_naive_loop():
     old, ref, _, mask = draw()
     score = torch.randn(len(LENGTHS), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -76,15 +66,15 @@ def test_token_rewards_against_naive_loop():
             expected = -0.3 * (old[n, t] - ref[n, t]).item() if t < length else 0.0
             expected += score[n].item() if t == length - 1 else 0.0
             assert found[n, t].item() == pytest.approx(expected, abs=1e-12)
-    total = score - 0.3 * torch.where(mask, old - ref, 0).sum(1)
-    torch.testing.assert_close(found.sum(1), total, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("gamma, lam", [(1.0, 0.95), (0.9, 0.8), (1.0, 1.0), (0.99, 0.0), (0.7, 1.0)])
+@pytest.mark.parametrize("gamma, lam", [(1.0, 0.95), (0.9, 0.8), (0.99, 0.0), (0.7, 1.0)])
 def test_gae_against_its_definition(gamma, lam):
     """A_t sums the discounted temporal-difference errors from t to the end, each computed anew."""
     reward, value, _, mask = draw(seed=2)
+    value.requires_grad_()
     advantages, returns = ppo.gae(with_garbage(reward, mask), with_garbage(value, mask), mask, gamma, lam)
+    assert not advantages.requires_grad and not returns.requires_grad
     for n, length in enumerate(LENGTHS):
         r, v = reward[n, :length].tolist(), value[n, :length].tolist() + [0.0]
         for t in range(max(LENGTHS)):
@@ -93,28 +83,6 @@ def test_gae_against_its_definition(gamma, lam):
             assert advantages[n, t].item() == pytest.approx(expected, abs=1e-12)
             target = expected + v[t] if t < length else 0.0
             assert returns[n, t].item() == pytest.approx(target, abs=1e-12)
-
-
-def test_gae_defaults_are_gamma_1_lam_095_and_nothing_flows_back():
-    reward, value, _, mask = draw(seed=2)
-    value.requires_grad_()
-    found = ppo.gae(reward, value, mask)
-    assert all(torch.equal(a, b) for a, b in zip(found, ppo.gae(reward, value, mask, gamma=1.0, lam=0.95)))
-    assert not any(x.requires_grad for x in found)
-
-
-@pytest.mark.parametrize("gamma", [1.0, 0.9])
-def test_lam_1_is_the_monte_carlo_return_less_the_value(gamma):
-    reward, value, _, mask = draw(seed=3)
-    advantages, returns = ppo.gae(reward, value, mask, gamma, lam=1.0)
-    for n, length in enumerate(LENGTHS):
-        for t in range(length):
-            monte_carlo = sum(gamma ** (k - t) * reward[n, k].item() for k in range(t, length))
-            assert returns[n, t].item() == pytest.approx(monte_carlo, abs=1e-12)
-            assert advantages[n, t].item() == pytest.approx(monte_carlo - value[n, t].item(), abs=1e-12)
-
-
-# -------------------------------------------------------------------------------------------- masked moments
 
 
 def test_masked_mean_and_whitening_against_numpy():
@@ -126,17 +94,10 @@ def test_masked_mean_and_whitening_against_numpy():
         expected = (values - values.mean()) / values.std() + (0 if shift_mean else values.mean())
         assert white[mask].tolist() == pytest.approx(expected.tolist(), abs=1e-6)
         assert (white[~mask] == 0).all()
-    assert torch.equal(ppo.masked_whiten(x, mask), ppo.masked_whiten(x, mask, shift_mean=True))
-
-
-def test_whitening_equal_values_gives_zeros():
-    mask = torch.ones(2, 3, dtype=torch.bool)
-    assert ppo.masked_whiten(torch.full((2, 3), 0.7), mask).abs().max() < 1e-3
+    assert ppo.masked_whiten(torch.full_like(x, 0.7), mask).abs().max() < 1e-3
 
 
 # ---------------------------------------------------------------------------------------------------- losses
-
-
 def naive_clip(new, old, advantages, clip_range):
     """(loss, clip_fraction) of lists of floats."""
     terms = []
@@ -148,19 +109,6 @@ def naive_clip(new, old, advantages, clip_range):
 
 def naive_kl(new, old):
     return sum(math.exp(n - o) - 1 - (n - o) for n, o in zip(new, old, strict=True)) / len(new)
-
-
-def naive_penalty(new, old, advantages, penalty):
-    surrogate = sum(math.exp(n - o) * a for n, o, a in zip(new, old, advantages, strict=True)) / len(new)
-    return penalty * naive_kl(new, old) - surrogate
-
-
-def naive_value(new, old, returns, clip_range):
-    total = 0.0
-    for v, o, r in zip(new, old, returns, strict=True):
-        held = v if clip_range is None else o + min(max(v - o, -clip_range), clip_range)
-        total += max((v - r) ** 2, (held - r) ** 2) / 2
-    return total / len(new)
 
 
 @pytest.mark.parametrize("clip_range", [0.1, 0.2, math.inf])
@@ -190,11 +138,12 @@ def test_penalty_loss_and_gradient_against_naive_loop():
     dirty = [with_garbage(x, mask) for x in (old, advantages)]
 
     def naive(x):
-        return naive_penalty(*real(x, old, advantages, mask=mask), 0.7)
+        floats = real(x, old, advantages, mask=mask)
+        surrogate = sum(math.exp(n - o) * a for n, o, a in zip(*floats)) / sum(LENGTHS)
+        return 0.7 * naive_kl(*floats[:2]) - surrogate
 
     loss, stats = ppo.ppo_penalty_loss(with_garbage(new, mask), *dirty, mask, penalty=0.7)
-    assert loss.item() == pytest.approx(naive(new), rel=1e-12)
-    assert stats["clip_fraction"] == 0
+    assert loss.item() == pytest.approx(naive(new), rel=1e-12) and stats["clip_fraction"] == 0
     grad = gradient(lambda x: ppo.ppo_penalty_loss(x, *dirty, mask, 0.7)[0], with_garbage(new, mask))
     torch.testing.assert_close(grad, central_differences(naive, new, mask), rtol=0, atol=1e-8)
 
@@ -210,27 +159,21 @@ def test_approx_kl_is_unbiased_for_kl_from_old_to_new():
     assert abs((new.exp() * (new - old)).sum().item() - exact) > 0.01
 
 
-@pytest.mark.parametrize("clip_range", [0.2, 0.05, None])
+@pytest.mark.parametrize("clip_range", [0.2, math.inf, None])
 def test_value_loss_and_gradient_against_naive_loop(clip_range):
     new, old, returns, mask = draw(seed=6)
-    dirty = [with_garbage(x, mask) for x in (old, returns)]
+    dirty, limit = [with_garbage(x, mask) for x in (old, returns)], clip_range or math.inf
 
     def naive(x):
-        return naive_value(*real(x, old, returns, mask=mask), clip_range)
+        lists = zip(*real(x, old, returns, mask=mask))
+        errors = [((v - r) ** 2, (o + min(max(v - o, -limit), limit) - r) ** 2) for v, o, r in lists]
+        return sum(map(max, errors)) / 2 / sum(LENGTHS)
 
     loss = ppo.value_loss(with_garbage(new, mask), *dirty, mask, clip_range)
     assert loss.shape == () and loss.item() == pytest.approx(naive(new), rel=1e-12)
     grad = gradient(lambda x: ppo.value_loss(x, *dirty, mask, clip_range), with_garbage(new, mask))
     torch.testing.assert_close(grad, central_differences(naive, new, mask), rtol=0, atol=1e-8)
-    assert (grad[~mask] == 0).all()
-    if clip_range == 0.2:
-        assert (grad[mask] == 0).any() and (grad[mask] != 0).any(), "both sides of the clip must occur"
-
-
-def test_defaults_of_the_losses_clip_at_0_2():
-    new, old, advantages, mask = draw(spread=0.5)
-    assert ppo.ppo_clip_loss(new, old, advantages, mask) == ppo.ppo_clip_loss(new, old, advantages, mask, 0.2)
-    assert ppo.value_loss(new, old, advantages, mask) == ppo.value_loss(new, old, advantages, mask, 0.2)
+    assert (grad[mask] == 0).any() == (clip_range == 0.2) and (grad[mask] != 0).any()
 
 
 @pytest.mark.parametrize("loss", [ppo.ppo_clip_loss, ppo.ppo_penalty_loss])
@@ -247,21 +190,7 @@ def test_extreme_ratios_leave_loss_and_gradient_finite(loss, shift):
     assert grad.isfinite().all() and grad[0, 2] == 0 and (grad[mask] != 0).any()
 
 
-def test_unclipped_first_step_has_the_gradient_of_reinforce_with_baseline():
-    """gamma = lam = 1, rho = 1: a token is pushed by the rewards still to come less V."""
-    new, _, _, mask = draw(seed=7)
-    reward, value, _, _ = draw(seed=8)
-    advantages, _ = ppo.gae(reward, value, mask, gamma=1.0, lam=1.0)
-    grad = gradient(lambda x: ppo.ppo_clip_loss(x, new, advantages, mask, math.inf)[0], new)
-    for n, length in enumerate(LENGTHS):
-        for t in range(length):
-            push = sum(reward[n, t:length].tolist()) - value[n, t].item()
-            assert grad[n, t].item() == pytest.approx(-push / sum(LENGTHS), abs=1e-12)
-
-
 # ------------------------------------------------------------------------- running statistics, adaptive beta
-
-
 @pytest.mark.parametrize("shift_mean", [True, False])
 @pytest.mark.parametrize("clip", [None, 0.8])
 def test_running_normalizer_against_numpy_over_everything_seen_also_after_resume(shift_mean, clip):
@@ -278,52 +207,11 @@ def test_running_normalizer_against_numpy_over_everything_seen_also_after_resume
         normalizer.load_state_dict(json.loads(json.dumps(before.state_dict())))
 
 
-def test_running_normalizer_on_a_large_mean_and_when_off():
-    x = 1e6 + torch.randn(1000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    assert ppo.RunningNormalizer()(x).std().item() == pytest.approx(1, rel=1e-3)
-    assert ppo.RunningNormalizer()(torch.zeros(4, dtype=torch.float64)).tolist() == [0.0] * 4
-    assert torch.equal(ppo.RunningNormalizer(scale=False)(x), x)
-    assert ppo.RunningNormalizer(scale=False, clip=0.5)(torch.tensor([-2.0, 0.25, 3.0])).tolist() == [
-        -0.5,
-        0.25,
-        0.5,
-    ]
-
-
-@pytest.mark.parametrize(
-    "kl, expected",
-    [
-        (6.0, 0.1),
-        (6.6, 0.1 * (1 + 0.1 * 0.0128)),
-        (60.0, 0.1 * 1.00256),
-        (0.0, 0.1 * 0.99744),
-        (5.4, 0.1 * 0.99872),
-    ],
-)
-def test_adaptive_beta_by_hand(kl, expected):
-    assert ppo.adaptive_beta(0.1, kl, target=6.0, horizon=10000, n=128) == pytest.approx(expected, rel=1e-12)
-
-
-def test_adaptive_beta_stays_positive_and_acts_within_a_run():
-    """A horizon far below a rollout moves it by a fifth at most; the default one by much within --steps."""
-    for kl, factor in ((0.0, 0.8), (100.0, 1.2)):
-        assert ppo.adaptive_beta(0.5, kl, target=1.0, horizon=1, n=128) == pytest.approx(0.5 * factor)
-    args, beta = ppo.Args(), 0.5
-    for _ in range(args.steps):
-        n = args.prompts_per_step * args.num_responses
-        beta = ppo.adaptive_beta(beta, 100.0, 1.0, args.kl_horizon, n)
-    assert beta > 1.0
-
-
-# ---------------------------------------------------------------------------------------- equivalent rewards
-
-
-def whitened_advantages(score, K):
-    """Token advantages of a batch as the script takes them, V = 0: every prompt has K responses."""
-    old, ref, _, mask = draw(lengths=[4, 2] * (len(score) // 2))
-    reward = ppo.token_rewards(score, old, ref, mask, beta=0.1)
-    advantages, _ = ppo.gae(reward, torch.zeros_like(reward), mask)
-    return ppo.masked_whiten(advantages, mask), mask
+def test_adaptive_beta_by_hand():
+    """A horizon far below a rollout moves it by a fifth at most, and keeps it positive."""
+    for kl, factor in ((6.0, 1), (6.6, 1 + 0.1 * 0.0128), (60.0, 1.00256), (0.0, 0.99744), (5.4, 0.99872)):
+        assert ppo.adaptive_beta(0.1, kl, 6.0, 10000, 128) == pytest.approx(0.1 * factor, rel=1e-12)
+    assert ppo.adaptive_beta(0.5, 0.0, target=1.0, horizon=1, n=128) == pytest.approx(0.4)
 
 
 def test_equivalent_rewards_change_ppo():
@@ -331,27 +219,26 @@ def test_equivalent_rewards_change_ppo():
     generator = torch.Generator().manual_seed(0)
     score = torch.randn(20, 2, generator=generator, dtype=torch.float64)
     offset = torch.randn(20, 1, generator=generator, dtype=torch.float64)
-    plain, mask = whitened_advantages(score.flatten(), 2)
-    shifted, _ = whitened_advantages((score + 3 * offset).flatten(), 2)
-    assert ((plain * shifted)[mask] < 0).float().mean() > 0.2
-    constant, _ = whitened_advantages((score + 0 * offset).flatten(), 2)
-    assert torch.equal(plain, constant)
+    old, ref, _, mask = draw(lengths=[4, 2] * 20)
+    found = []
+    for scores in (score, score + 3 * offset):
+        reward = ppo.token_rewards(scores.flatten(), old, ref, mask, beta=0.1)
+        found.append(ppo.masked_whiten(ppo.gae(reward, torch.zeros_like(reward), mask)[0], mask))
+    assert ((found[0] * found[1])[mask] < 0).float().mean() > 0.2
 
 
 # ----------------------------------------------------------------------------------------------- tiny models
-
 TINY = dict(vocab_size=11, n_positions=32, n_embd=16, n_layer=2, n_head=2, initializer_range=0.3)
-TINY |= dict(
-    resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=None, eos_token_id=1, pad_token_id=0
-)
+TINY |= dict(resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, bos_token_id=None, eos_token_id=1, pad_token_id=0)
+SIZES = {"device": "cpu", "micro_batch_size": 4, "minibatch_size": 4}
 TOKENIZER = word_tokenizer(11, pad=0)
 
 
 def tiny_models(dtype=torch.float64):
     """Policy and critic, whose head is in float32 whatever the dtype."""
     torch.manual_seed(0)
-    config, kinds = GPT2Config(**TINY, num_labels=1), (GPT2LMHeadModel, GPT2ForSequenceClassification)
-    policy, critic = (kind(config).to(dtype).eval() for kind in kinds)
+    kinds = AutoModelForCausalLM, AutoModelForSequenceClassification
+    policy, critic = (kind.from_config(GPT2Config(**TINY, num_labels=1)).to(dtype).eval() for kind in kinds)
     critic.score.float()
     return policy, critic
 
@@ -366,17 +253,12 @@ def tiny_batch(args):
     return prompts, responses, ppo.pad_rows(prompts, responses, TOKENIZER, args)
 
 
-def args_for(**changes):
-    return ppo.Args(**{"device": "cpu", "micro_batch_size": 4, "minibatch_size": 4} | changes)
-
-
 def test_values_are_those_before_each_token_and_the_score_that_after_the_last():
     """Against transformers' own forward, unpadded: V_t has seen the prompt and t response tokens."""
     critic = tiny_models(torch.float32)[1]
-    prompts, responses, batch = tiny_batch(args_for())
+    prompts, responses, batch = tiny_batch(ppo.Args(**SIZES))
     with torch.no_grad():
         values, score = ppo.read_values(critic, **batch), ppo.read_score(critic, **batch)
-        assert values.shape == batch["response_ids"].shape
         for row, (prompt, response) in enumerate(zip(prompts, responses)):
             texts = [torch.tensor([prompt + response[:t]]) for t in range(len(response) + 1)]
             alone = [critic(text).logits.item() for text in texts]
@@ -385,28 +267,18 @@ def test_values_are_those_before_each_token_and_the_score_that_after_the_last():
 
 
 def prepared(args):
-    """Tiny models and a batch with log-probs, values, advantages and returns."""
+    """A batch with log-probs, values, advantages and returns, and tiny models that have moved a little since."""
     policy, critic = tiny_models()
     _, _, batch = tiny_batch(args)
+    generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         more = {"logp_old_tok": ppo.response_logps(policy, **batch, temperature=args.temperature)}
-        more["value_old_tok"] = ppo.read_values(critic, **batch)
-    generator = torch.Generator().manual_seed(2)
+        batch |= more | {"value_old_tok": ppo.read_values(critic, **batch)}
     for name in ("advantages", "returns"):
-        more[name] = torch.randn(batch["response_ids"].shape, generator=generator)
-    return policy, critic, batch | more
-
-
-def test_first_minibatch_has_ratio_1_and_approx_kl_0():
-    args = args_for(temperature=0.5)
-    policy, critic, batch = prepared(args)
-    loss, stats = ppo.policy_and_value_loss(policy, critic, batch, torch.arange(8), args)
-    assert stats["log_ratio_max"] < 1e-5 and abs(stats["approx_kl"]) < 1e-9 and stats["clip_fraction"] == 0
-    mask, value = batch["response_mask"], batch["value_old_tok"]
-    assert stats["loss"] == pytest.approx(-batch["advantages"][mask].mean().item(), abs=1e-5)
-    error = (value - batch["returns"])[mask].square().mean().item()
-    assert stats["value_loss"] == pytest.approx(error / 2, rel=1e-5), "nothing is clipped at first"
-    assert loss.item() == pytest.approx(stats["loss"] + stats["value_loss"], rel=1e-6)
+        batch[name] = torch.randn(batch["response_ids"].shape, generator=generator)
+    for parameter in [*policy.parameters(), *critic.parameters()]:
+        parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+    return policy, critic, batch
 
 
 class Keep:
@@ -424,20 +296,13 @@ class Keep:
             model.zero_grad()
 
 
-def move(*models):
-    """Moves the models a little, always in the same way, as updates since the rollout would have."""
-    generator = torch.Generator().manual_seed(5)
-    for parameter in [p for model in models for p in model.parameters()]:
-        parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-
-
 DEMONSTRATIONS = [{"prompt_ids": [3] * n, "response_ids": [[5, 6, 7, 4, 2][:n] + [1]]} for n in (1, 2, 3, 5)]
 
 
-def gradients_of_a_step(args, learns=True):
+def gradients_of_a_step(learns=True, **flags):
     """[gradient of the policy, of the critic] and metrics of an optimizer step."""
+    args = ppo.Args(**SIZES | {"max_grad_norm": 1e9} | flags)
     policy, critic, batch = prepared(args)
-    move(policy, critic)
     policy.requires_grad_(learns)
     optimizer = Keep(policy, critic)
     torch.manual_seed(0)
@@ -448,35 +313,13 @@ def gradients_of_a_step(args, learns=True):
     return optimizer.seen, metrics
 
 
-MICRO = [
-    {},
-    {"ptx_coef": 0.4},
-    {"policy_loss": "penalty"},
-    {"value_clip_range": math.inf},
-]
-
-
-@pytest.mark.parametrize("flags", MICRO, ids=str)
-@pytest.mark.parametrize("size", [1, 2])
-def test_micro_batches_add_up_to_the_gradient_of_the_minibatch(flags, size):
-    """Responses differ in length, so a mean of micro-batch means would be another gradient."""
-    flags = {"max_grad_norm": 1e9} | flags
-    whole, metrics = gradients_of_a_step(args_for(**flags))
-    parts, sum_of_parts = gradients_of_a_step(args_for(micro_batch_size=size, **flags))
-    for a, b in zip(whole, parts, strict=True):
-        assert a.abs().max() > 1e-3
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
-    assert metrics == pytest.approx(sum_of_parts, rel=1e-4, abs=1e-7)
-
-
-@pytest.mark.parametrize("value_clip_range", [0.05, math.inf])
-def test_step_gradient_is_that_of_the_formulas(value_clip_range):
-    """The whole step, with demonstrations, against autograd through loops over tokens."""
-    flags = {"ptx_coef": 0.4, "max_grad_norm": 1e9, "temperature": 0.7}
-    args = args_for(**flags, value_clip_range=value_clip_range)
-    found_both, metrics = gradients_of_a_step(args)
+@pytest.mark.parametrize("value_clip_range, size", [(0.05, 1), (math.inf, 3)])
+def test_step_gradient_is_that_of_the_formulas(value_clip_range, size):
+    """The whole step, in micro-batches, with demonstrations, against autograd through loops over tokens."""
+    flags = {"ptx_coef": 0.4, "temperature": 0.7, "value_clip_range": value_clip_range}
+    found_both, metrics = gradients_of_a_step(**flags, micro_batch_size=size)
+    args = ppo.Args(**SIZES | flags)
     policy, critic, batch = prepared(args)
-    move(policy, critic)
     torch.manual_seed(0)
     chosen = [DEMONSTRATIONS[i] for i in torch.randint(4, (4,))]
     prompts, responses, _ = tiny_batch(args)
@@ -508,33 +351,17 @@ def test_step_gradient_is_that_of_the_formulas(value_clip_range):
     assert metrics["ptx_logp"] == pytest.approx(likelihood.item() / demonstrated, rel=1e-4)
 
 
-def test_gradients_are_clipped_for_each_model():
-    seen, metrics = gradients_of_a_step(args_for(max_grad_norm=0.01))
+def test_gradients_are_clipped_for_each_model_and_a_policy_that_does_not_learn_gets_none():
+    seen, clipped = gradients_of_a_step(max_grad_norm=0.01)
     assert [x.norm().item() for x in seen] == pytest.approx([0.01, 0.01], rel=1e-3)
-    assert metrics["grad_norm"] > 0.02 and metrics["critic_grad_norm"] > 0.02
-
-
-def test_a_policy_that_does_not_learn_gets_no_gradient_and_changes_nothing_for_the_critic():
-    (policy, critic), metrics = gradients_of_a_step(args_for(ptx_coef=0.4), learns=False)
-    (_, expected), others = gradients_of_a_step(args_for(ptx_coef=0.4))
+    assert clipped["grad_norm"] > 0.02 and clipped["critic_grad_norm"] > 0.02
+    (policy, critic), metrics = gradients_of_a_step(ptx_coef=0.4, learns=False)
+    (_, expected), others = gradients_of_a_step(ptx_coef=0.4)
     assert policy is None and torch.equal(critic, expected)
     assert metrics == pytest.approx(others | {"grad_norm": 0.0}, rel=1e-6)
 
 
-@pytest.mark.parametrize("name", ["returns", "advantages"])
-def test_a_loss_that_is_not_finite_ends_the_run_before_it_reaches_the_weights(name):
-    args = args_for()
-    policy, critic, batch = prepared(args)
-    batch[name] = batch[name] * math.nan
-    optimizer = Keep(policy, critic)
-    with pytest.raises(SystemExit, match="^error: .* is not finite; start again with lower"):
-        ppo.update_models(policy, critic, optimizer, batch, torch.arange(4), None, TOKENIZER, args)
-    assert optimizer.seen is None
-
-
 # ------------------------------------------------------------------------------------------------ short runs
-
-
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
     """Random models over the toy's words, and a few of its rows: what the stages before PPO would leave."""
@@ -558,17 +385,14 @@ def world(tmp_path_factory):
 
 SMALL = ["--device", "cpu", "--minibatch_size", 2, "--prompts_per_step", 4, "--prompt_length", 12]
 SMALL += ["--response_length", 6, "--eval_prompts", 4, "--eval_every", 100]
-PATHS = {
-    "model": "sft",
-    "reward_model": "reward_model",
-    "dataset": "prompts",
-    "ptx_dataset": "demonstrations",
-}
+
+
+PATHS = dict(model="sft", reward_model="reward_model", dataset="prompts", ptx_dataset="demonstrations")
 
 
 def run(world, folder, *flags, steps=1):
     """ppo.main on the tiny world as the command line would call it. Returns the rows of metrics.jsonl."""
-    words = [word for name, value in PATHS.items() for word in (f"--{name}", world / value)]
+    words = [f"--{name}={world / value}" for name, value in PATHS.items()]
     words += [*SMALL, "--output_dir", folder, "--steps", steps, *flags]
     ppo.main(ppo.parse_args([str(word) for word in words]))
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -581,29 +405,24 @@ def plain_run(world, tmp_path_factory):
 
 
 EVALUATED = "reward", "kl", "entropy", "response_length", "eos_rate"
-TIMELESS = (
-    "loss clip_fraction log_ratio_max grad_norm critic_grad_norm value_loss explained_variance approx_kl"
-)
-TIMELESS = {*EVALUATED, *TIMELESS.split(), "beta"}
+TIMELESS = {*EVALUATED, "loss", "clip_fraction", "log_ratio_max", "grad_norm", "critic_grad_norm"}
+TIMELESS |= {"value_loss", "explained_variance", "approx_kl", "beta"}
 
 
 def test_metrics_and_files_of_a_run(world, plain_run):
     folder, rows = plain_run
-    evaluated = {"eval_gain", *(f"eval_{name}" for name in EVALUATED)}
-    assert [row["step"] for row in rows] == [0, 1, 2]
-    assert [set(row) - {"step"} for row in rows] == [
-        evaluated,
+    evaluated, trained = (
+        {"step", "eval_gain", *(f"eval_{name}" for name in EVALUATED)},
         TIMELESS | {"seconds"},
-        TIMELESS | {"seconds"} | evaluated,
-    ]
+    )
+    assert [set(row) for row in rows] == [evaluated, trained | {"step"}, trained | evaluated]
     assert all(math.isfinite(value) for row in rows for value in row.values())
     assert rows[1]["kl"] == pytest.approx(0, abs=1e-4) and abs(rows[2]["kl"]) > 1e-4
     critic = AutoModelForSequenceClassification.from_pretrained(folder / "critic")
     assert len(AutoTokenizer.from_pretrained(folder / "critic")) > 10
     saved = torch.load(folder / "checkpoint.pt", weights_only=True)
     for model, name in ((AutoModelForCausalLM.from_pretrained(folder), "model"), (critic, "critic")):
-        for key, value in model.state_dict().items():
-            assert torch.equal(value, saved[name][key])
+        assert all(torch.equal(value, saved[name][key]) for key, value in model.state_dict().items())
     start = AutoModelForSequenceClassification.from_pretrained(world / "reward_model")
     assert not torch.equal(start.score.weight, critic.score.weight), "the critic has learnt"
     rates = [group["lr"] for group in saved["optimizer"]["param_groups"]]
@@ -624,32 +443,26 @@ def rollout(world, folder, *flags):
     return seen[0], row
 
 
-@pytest.mark.parametrize("flags", [(), ("--micro_batch_size", 1, "--gamma", 0.9, "--lam", 0.5)], ids=str)
-def test_advantages_returns_and_their_metrics_against_loops(world, tmp_path, flags):
-    """Returns and metrics are those before whitening. explained_variance compares V with Monte-Carlo returns."""
+def test_advantages_returns_and_their_metrics(world, tmp_path):
+    """Of values that were read without padding. Returns and metrics are those before whitening."""
+    flags = "--micro_batch_size", 1, "--gamma", 0.9, "--lam", 0.5
     batch, row = rollout(world, tmp_path / "plain", *flags, "--whiten_advantages", "false")
     white, white_row = rollout(world, tmp_path / "white", *flags)
-    gamma, lam = (0.9, 0.5) if flags else (1.0, 0.95)
     critic = AutoModelForSequenceClassification.from_pretrained(world / "reward_model").eval()
-    advantages, errors, to_come = [], [], []
-    for n, length in enumerate(batch["response_mask"].sum(1).tolist()):
-        ids = [*batch["prompt_ids"][n][batch["prompt_mask"][n]], *batch["response_ids"][n, :length]]
-        with torch.no_grad():
-            texts = [torch.tensor([ids[: len(ids) - length + t]]) for t in range(length)]
-            value = [critic(text).logits.item() for text in texts] + [0.0]
-        kl = (batch["logp_old_tok"][n] - batch["logp_ref_tok"][n]).tolist()
-        reward = [-0.5 * kl[t] for t in range(length)]
-        reward[-1] += batch["score"][n].item()
-        for t in range(length):
-            delta = [reward[k] + gamma * value[k + 1] - value[k] for k in range(t, length)]
-            advantages.append(sum((gamma * lam) ** k * delta[k] for k in range(length - t)))
-            to_come.append(sum(gamma**k * reward[t + k] for k in range(length - t)))
-            errors.append(to_come[-1] - value[t])
-            assert batch["returns"][n, t].item() == pytest.approx(advantages[-1] + value[t], abs=1e-5)
     mask = batch["response_mask"]
-    assert batch["advantages"][mask].tolist() == pytest.approx(advantages, abs=1e-5)
-    assert row["explained_variance"] == pytest.approx(1 - numpy.var(errors) / numpy.var(to_come), abs=1e-4)
-    expected = (numpy.array(advantages) - numpy.mean(advantages)) / numpy.std(advantages)
+    value = torch.zeros(mask.shape, dtype=torch.float64)
+    for n, t in mask.nonzero().tolist():
+        ids = [*batch["prompt_ids"][n][batch["prompt_mask"][n]], *batch["response_ids"][n, :t]]
+        with torch.no_grad():
+            value[n, t] = critic(torch.tensor([ids])).logits.item()
+    reward = ppo.token_rewards(batch["score"], batch["logp_old_tok"], batch["logp_ref_tok"], mask, 0.5)
+    advantages, returns = (x[mask] for x in ppo.gae(reward, value, mask, 0.9, 0.5))
+    assert batch["advantages"][mask].tolist() == pytest.approx(advantages.tolist(), abs=1e-5)
+    assert batch["returns"][mask].tolist() == pytest.approx(returns.tolist(), abs=1e-5)
+    to_come = ppo.gae(reward, value, mask, 0.9, 1.0)[1][mask].numpy()  # Monte-Carlo returns
+    explained = 1 - numpy.var(to_come - value[mask].numpy()) / numpy.var(to_come)
+    assert row["explained_variance"] == pytest.approx(explained, abs=1e-4)
+    expected = (advantages - advantages.mean()) / advantages.std(correction=0)
     assert white["advantages"][mask].tolist() == pytest.approx(expected.tolist(), abs=1e-3)
     assert torch.equal(white["returns"], batch["returns"])
     assert all(white_row[name] == row[name] for name in TIMELESS & set(row))
@@ -657,33 +470,21 @@ def test_advantages_returns_and_their_metrics_against_loops(world, tmp_path, fla
     torch.testing.assert_close(clipped["advantages"], white["advantages"].clamp(-0.5, 0.5))
 
 
-ONE_BY_ONE = [  # --kl_target, --critic_warmup_steps, --reward_shift and --preset have tests of their own
-    ("--policy_loss", "penalty"),
-    ("--policy_loss", "penalty", "--penalty_coef", 50),
-    ("--lam", 0),
-    ("--clip_range", 0.001),
-    ("--value_clip_range", 0.001),
-    ("--normalize_reward", "true"),
-    ("--scale_reward",),
-    ("--reward_clip", 0.01),
-    ("--critic_init", "sft"),
-    ("--critic_learning_rate", 0.01),
-    ("--ptx_coef", 2),
-    ("--max_grad_norm", 0.0001),
-    ("--dtype", "bfloat16", "--ptx_coef", 0.1),
-    ("--learning_rate", 0.01, "--epochs", 1, "--num_responses", 1, "--micro_batch_size", 1, "--beta", 0),
-    ("--missing_eos_penalty", 5, "--temperature", 0.5, "--seed", 1, "--minibatch_size", 4),
-]
+FLAGS = """--policy_loss penalty --penalty_coef 50, --lam 0, --clip_range 0.001, --value_clip_range 0.001
+--normalize_reward true, --scale_reward, --reward_clip 0.01, --critic_init sft, --dtype bfloat16 --ptx_coef 0.1
+--epochs 1 --num_responses 1 --micro_batch_size 1 --beta 0, --reward_shift 5
+--missing_eos_penalty 5 --temperature 0.5 --minibatch_size 4"""  # the others have tests of their own
 
 
-@pytest.mark.parametrize("flags", ONE_BY_ONE, ids=lambda flags: " ".join(map(str, flags[:4])))
+@pytest.mark.parametrize("flags", FLAGS.replace("\n", ", ").split(", "))
 def test_every_flag_runs_and_changes_the_run(world, plain_run, tmp_path, flags):
     """Step 1 of 1 does what step 1 of 2 does: the learning rate of a run's first step is the highest."""
-    rows = run(world, tmp_path / "run", *flags)
+    rows = run(world, tmp_path / "run", *flags.split())
     assert any(rows[1].get(name) != plain_run[1][1][name] for name in TIMELESS)
     assert all(math.isfinite(value) for row in rows for value in row.values())
     if "--critic_init" in flags:
         assert rows[1]["explained_variance"] == 0, "V = 0 at first"
+    assert "--reward_shift" not in flags or rows[1]["reward"] == plain_run[1][1]["reward"], "not reported"
 
 
 def test_adaptive_beta_moves_by_the_kl_of_each_rollout_after_the_critics_first_steps(world, tmp_path):
@@ -704,123 +505,36 @@ def test_critic_pretraining_leaves_the_policy_alone(world, tmp_path):
     assert rows[2]["value_loss"] != rows[1]["value_loss"] and rows[1]["critic_grad_norm"] > 0
 
 
-def test_reward_shift_is_not_in_the_reported_reward(world, tmp_path, plain_run):
-    rows = run(world, tmp_path / "run", "--reward_shift", 5)
-    assert rows[1]["reward"] == plain_run[1][1]["reward"]
-    assert rows[1]["value_loss"] > 2 * plain_run[1][1]["value_loss"], "the critic has to learn the offsets"
+PPO_MAX = ppo.PRESETS["ppo_max"]
 
 
-def test_a_reward_of_ones_own_needs_no_reward_model(world, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        ppo, "load_reward", lambda tokenizer, args: lambda batch: list(map(len, batch["response"]))
-    )
-    rows = run(world, tmp_path / "run", "--critic_init", "sft", "--reward_model", "none", "--beta", 0)
-    texts = [json.loads(line) for line in (tmp_path / "run/samples_1.jsonl").read_text().splitlines()]
-    assert rows[1]["value_loss"] > 0
-    assert {len(row["response"]) - row["reward"] for row in texts} <= {0.0, 1.0}, "1 is for a missing EOS"
-
-
-# -------------------------------------------------------------------------------------------------- presets
-PPO_MAX = {"beta": 0.05, "normalize_reward": True, "reward_clip": 0.8, "whiten_advantages": False}
-PPO_MAX |= {"critic_warmup_steps": 10, "ptx_coef": 0.05}
-LEFT = {"critic_init": "reward", "value_clip_range": 0.2, "max_grad_norm": 1.0, "clip_range": 0.2}
-LEFT |= {"advantage_clip": None, "scale_reward": False, "kl_target": None}
-
-
-def test_presets_set_defaults():
-    """PPO-max is that of "Secrets of RLHF", section 5.4, also in what it leaves as it is."""
-    plain = ppo.Args()
+def test_presets_set_defaults_and_a_flag_that_is_given_wins():
+    """On either side of --preset, and also where its value is the default without the preset."""
+    plain, chosen = ppo.Args(), {"preset": "ppo_max", **PPO_MAX}
     assert ppo.parse_args([]) == ppo.parse_args(["--preset", "ppo"]) == plain
-    assert all(getattr(plain, name) != value for name, value in PPO_MAX.items())
-    expected = ppo.Args(preset="ppo_max", **PPO_MAX)
-    assert ppo.parse_args(["--preset", "ppo_max"]) == ppo.parse_args(["--preset=ppo_max"]) == expected
-    assert {name: getattr(expected, name) for name in LEFT} == LEFT
+    assert ppo.parse_args(["--preset=ppo_max"]) == ppo.Args(**chosen)
     assert ppo.parse_args(["--dataset", "ppo_max", "--output_dir", "preset"]).beta == plain.beta
+    for name in PPO_MAX:
+        value = math.inf if name == "reward_clip" else getattr(plain, name)
+        given = [f"--{name}", str(value)]
+        for words in (["--preset", "ppo_max", "=".join(given)], [*given, "--preset=ppo_max"]):
+            assert ppo.parse_args(words) == ppo.Args(**chosen | {name: value}) != ppo.Args(**chosen)
 
 
-@pytest.mark.parametrize("name", PPO_MAX)
-def test_a_flag_that_is_given_wins_over_the_preset_on_either_side_of_it(name):
-    """Also one that is given the value that it would have without the preset."""
-    value = {"reward_clip": math.inf}.get(name, getattr(ppo.Args(), name))
-    for words in (
-        ["--preset", "ppo_max", f"--{name}={value}"],
-        [f"--{name}", str(value), "--preset=ppo_max"],
-    ):
-        assert ppo.parse_args(words) == ppo.Args(preset="ppo_max", **PPO_MAX | {name: value})
+WRONG = {
+    "--gamma 1.5": "--gamma and --lam must be at most 1",
+    "--critic_learning_rate 0": "--critic_learning_rate 0.0 is out of range",
+    "--value_clip_range nan": "--value_clip_range nan is out of range",
+    "--minibatch_size 3": "--minibatch_size must divide --prompts_per_step",
+    "--ptx_coef 1 --ptx_dataset prompts": "prompts has no columns",
+    "--critic_init sft --reward_model sft": "sft lacks the weights ['score.weight']",
+}
 
 
-def test_help_shows_the_defaults_of_the_preset(capsys):
-    shown = {}
-    for preset in ppo.PRESETS:
-        with pytest.raises(SystemExit, match="^0$"):
-            ppo.parse_args(["--help", "--preset", preset])
-        text = " ".join(capsys.readouterr().out.split())
-        parts = [text[text.rindex(f" --{name} ") :] for name in ("reward_clip", "ptx_coef", "clip_range")]
-        shown[preset] = [part[part.index("(default: ") + 10 :].split(")")[0] for part in parts]
-    assert shown == {"ppo": ["None", "0.0", "0.2"], "ppo_max": ["0.8", "0.05", "0.2"]}
-
-
-def test_an_unknown_preset_is_refused(capsys):
-    with pytest.raises(SystemExit, match="^2$"):
-        ppo.parse_args(["--preset", "ppo_min"])
-    assert "--preset" in capsys.readouterr().err
-
-
-def test_a_run_of_ppo_max_records_its_settings(world, tmp_path):
-    rows = run(world, tmp_path / "run", "--preset", "ppo_max", "--critic_warmup_steps", 1, steps=2)
-    record = json.loads((tmp_path / "run/args.json").read_text())["args"]
-    assert {name: record[name] for name in PPO_MAX} == PPO_MAX | {"critic_warmup_steps": 1}
-    assert rows[2]["ptx_logp"] < 0 and rows[2]["kl"] == 0 != rows[2]["eval_kl"] and rows[2]["beta"] == 0.05
-
-
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        (("--gamma", 1.5), "--gamma and --lam must be at most 1"),
-        (("--lam", 1.5), "--gamma and --lam must be at most 1"),
-        (("--critic_learning_rate", 0), "--critic_learning_rate 0.0 is out of range"),
-        (("--reward_clip", 0), "--reward_clip 0.0 is out of range"),
-        (("--value_clip_range", "nan"), "--value_clip_range nan is out of range"),
-        (("--minibatch_size", 3), "--minibatch_size must divide --prompts_per_step"),
-        (("--ptx_coef", 1, "--ptx_dataset", "prompts"), "prompts has no columns"),
-        (("--reward_model", "none"), ""),
-        (("--critic_init", "sft", "--reward_model", "sft"), "sft lacks the weights ['score.weight']"),
-    ],
-)
-def test_wrong_flags_are_refused_before_anything_is_written(world, tmp_path, monkeypatch, flags, message):
+@pytest.mark.parametrize("flags", WRONG)
+def test_wrong_flags_are_refused_before_anything_is_written(world, tmp_path, monkeypatch, flags):
     monkeypatch.chdir(world)
     with pytest.raises(SystemExit) as stop:
-        run(world, tmp_path / "run", *flags)
-    assert stop.value.code.startswith(f"error: {message}") and "\n" not in stop.value.code
+        run(world, tmp_path / "run", *flags.split())
+    assert stop.value.code.startswith(f"error: {WRONG[flags]}") and "\n" not in stop.value.code
     assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("moment", ["in step 3", "before its checkpoint is in place"])
-def test_resume_after_a_kill_is_bit_identical_with_critic_normalizer_and_beta(world, tmp_path, moment):
-    flags = ["--normalize_reward", "true", "--kl_target", 0.001, "--kl_horizon", 50, "--ptx_coef", 0.1]
-    flags += ["--critic_warmup_steps", 1, "--save_every", 1]
-    straight = run(world, tmp_path / "straight", *flags, steps=4)
-    calls, function = [], ppo.update_models if moment == "in step 3" else os.replace
-    fatal = 2 * 4 + 2 if moment == "in step 3" else 3  # two epochs of two minibatches; steps 0, 1, 2 and 3
-
-    def stop(*args):
-        calls.append(args)
-        if len(calls) > fatal:
-            raise InterruptedError
-        return function(*args)
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(InterruptedError):
-        patch.setattr(*((ppo, "update_models") if moment == "in step 3" else (os, "replace")), stop)
-        run(world, tmp_path / "halves", *flags, steps=4)
-    assert torch.load(tmp_path / "halves/checkpoint.pt", weights_only=True)["step"] == 2
-    halves = run(world, tmp_path / "halves", *flags, "--resume", steps=4)
-    assert [row | {"seconds": 0} for row in straight] == [row | {"seconds": 0} for row in halves]
-    one, other = (
-        torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("straight", "halves")
-    )
-    assert one["normalizer"] == other["normalizer"] and one["normalizer"]["count"] == 4 * 4 * 2
-    assert one["beta"] == other["beta"] != straight[1]["beta"]
-    for name in ("model", "critic"):
-        assert all(torch.equal(value, other[name][key]) for key, value in one[name].items())
-    for name in ("model.safetensors", "critic/model.safetensors"):
-        assert (tmp_path / "straight" / name).read_bytes() == (tmp_path / "halves" / name).read_bytes()
