@@ -64,7 +64,7 @@ def scorer(request):
 
 
 def draw(rows=5, seed=0, longest=9):
-    """Random prompts and responses of different lengths; some responses hold EOS, and pad, in the middle."""
+    """Random prompts and responses of different lengths. Some responses hold EOS and pad in the middle."""
     g = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, longest + 1, (rows, 2), generator=g).tolist()
     return [[torch.randint(0, VOCAB, (n,), generator=g).tolist() for n in pair] for pair in lengths]
@@ -86,7 +86,7 @@ def batch_of(rows, pad_id=0, extra_left=0, extra_right=0):
 
 @torch.no_grad()
 def naive_logps(model, row, temperature=1.0):
-    """log p of each response token, a forward pass for each: no padding, mask or positions; float64."""
+    """log p of each response token, by a forward pass for each without padding, mask or positions, in float64."""
     prompt, response = row
     values = []
     for t, token in enumerate(response):
@@ -436,9 +436,7 @@ def policy_of_main(model, monkeypatch, folder, **options):
 
     monkeypatch.setattr(p3o, "train_step", capture)
     monkeypatch.setattr(p3o, "load_tokenizer", lambda args: words())
-    monkeypatch.setattr(
-        p3o, "load_reward", lambda tokenizer, args: lambda batch: [0.0] * len(batch["response"])
-    )
+    monkeypatch.setattr(p3o, "load_reward", lambda *args: lambda batch: [0.0] * len(batch["response"]))
     places = {"model": folder / "lm", "dataset": folder / "data", "output_dir": folder / "run"}
     with pytest.raises(Captured) as captured:
         p3o.main(p3o.Args(**{name: str(path) for name, path in places.items()}, device="cpu", **options))
@@ -454,8 +452,8 @@ def sample(policy, tokenizer, prompts, K):
 
 @pytest.mark.parametrize("name, temperature", [*zip(CONFIGS, [1.0, 0.7, 1.0, 0.7])])
 def test_samples_follow_the_models_own_distribution(name, temperature, monkeypatch, tmp_path):
-    """Two tokens sampled 2000 times from each of two prompts, against the exact probabilities of all outcomes
-    (chi-square), on a model whose own defaults (top-k, penalties, minimal length) would ruin it."""
+    """Two tokens are sampled 2000 times from each of two prompts. A chi-square test compares them with the exact
+    probabilities. The defaults of the model (top-k, penalties, a least length) would ruin it."""
     model = make(name, 1, torch.float32, vocab_size=VOCAB, initializer_range=0.15)
     model.generation_config = GenerationConfig(
         do_sample=True, top_k=2, top_p=0.5, repetition_penalty=3.0, temperature=0.1, min_new_tokens=2
@@ -467,17 +465,13 @@ def test_samples_follow_the_models_own_distribution(name, temperature, monkeypat
     assert ids.shape == mask.shape == (2 * n, 2) and mask[:, 0].all()
     assert torch.equal(mask[:, 1], ids[:, 0] != EOS)
     for b, prompt in enumerate(prompts):
-        firsts = torch.tensor(
-            [naive_logps(policy, (prompt, [t]), temperature)[0] for t in range(VOCAB)]
-        ).exp()
-        counts = ids[b * n : (b + 1) * n, 0].bincount(minlength=VOCAB)
-        assert_chi_square(counts, firsts * n)
-        likely = int(firsts.masked_fill(torch.arange(VOCAB) == EOS, 0).argmax())
-        rows = [(prompt, [likely, t]) for t in range(VOCAB)]
-        seconds = torch.tensor([naive_logps(policy, row, temperature)[1] for row in rows]).exp()
-        chosen = ids[b * n : (b + 1) * n][ids[b * n : (b + 1) * n, 0] == likely, 1]
-        assert len(chosen) > 100
-        assert_chi_square(chosen.bincount(minlength=VOCAB), seconds * len(chosen))
+        found = ids[b * n : (b + 1) * n]
+        likely = found[found[:, 0] != EOS, 0].mode().values.item()
+        for before, tokens in (([], found[:, 0]), ([likely], found[found[:, 0] == likely, 1])):
+            rows = [(prompt, [*before, token]) for token in range(VOCAB)]
+            p = torch.tensor([naive_logps(policy, row, temperature)[-1] for row in rows]).exp()
+            assert len(tokens) > 100
+            assert_chi_square(tokens.bincount(minlength=VOCAB), p * len(tokens))
 
 
 def assert_chi_square(counts, expected):
@@ -518,12 +512,10 @@ def test_the_saved_policy_samples_as_in_training(name, monkeypatch, tmp_path):
 
 # ---------------------------------------------------------------------------------------------------- loading
 def saved(model, folder, tensors=None, **config):
-    """Saves the model; tensors and config then change what is in the folder, but not the other one of the two."""
+    """Saves the model, and then changes either the tensors or the config in the folder."""
     model.save_pretrained(folder)
-    weights = load_file(folder / "model.safetensors") | (tensors or {})
-    save_file(
-        {k: v for k, v in weights.items() if v is not None}, folder / "model.safetensors", {"format": "pt"}
-    )
+    tensors = load_file(folder / "model.safetensors") | (tensors or {})
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     record = json.loads((folder / "config.json").read_text()) | config
     (folder / "config.json").write_text(json.dumps(record))
     return str(folder)
@@ -540,31 +532,18 @@ def test_models_load_in_float32_and_without_dropout(name, tmp_path):
             assert torch.equal(a, b.float())
 
 
+GPT2, SCORER, FEW = ("gpt2", 1), ("gpt2", 2), VOCAB - 1
+BIAS, LORA = ({"tensors": {name: torch.ones(1)}} for name in ("score.bias", "transformer.h.0.lora_A"))
 REFUSED = {  # name: (0 a policy, or 1 a reward model; what is made with the folder; a part of the line)
-    "no score head": (1, ("gpt2", 1), {}, "lacks the weights ['score.weight']"),
+    "no score head": (1, GPT2, {}, "lacks the weights ['score.weight']"),
     "no lm head": (0, ("llama", 2), {}, "lacks the weights ['lm_head.weight']"),
-    "a layer missing": (0, ("gpt2", 1), {"n_layer": 3}, "lacks the weights ['transformer.h.2."),
-    "a layer too many": (0, ("gpt2", 1), {"n_layer": 1}, "holds ['transformer.h.1."),
-    "reward model as policy": (0, ("gpt2", 2), {}, "holds ['score.weight'], which would be ignored"),
-    "a bias of the score": (
-        1,
-        ("gpt2", 2),
-        {"tensors": {"score.bias": torch.ones(1)}},
-        "holds ['score.bias']",
-    ),
-    "LoRA": (
-        0,
-        ("qwen2", 1),
-        {"tensors": {"model.layers.0.lora_A": torch.ones(2, 2)}},
-        "lora_A'], which would be",
-    ),
-    "few embeddings": (
-        0,
-        ("gpt2", 1, VOCAB - 1),
-        {},
-        f"has {VOCAB - 1} embeddings, too few for token id {VOCAB - 1}",
-    ),
-    "the same, reward": (1, ("gpt2", 2, VOCAB - 1), {}, f"too few for token id {VOCAB - 1}; resize them"),
+    "a layer missing": (0, GPT2, {"n_layer": 3}, "lacks the weights ['transformer.h.2."),
+    "a layer too many": (0, GPT2, {"n_layer": 1}, "holds ['transformer.h.1."),
+    "reward model as policy": (0, SCORER, {}, "holds ['score.weight'], which would be ignored"),
+    "a bias of the score": (1, SCORER, BIAS, "holds ['score.bias']"),
+    "LoRA": (0, GPT2, LORA, "lora_A'], which would be ignored; merge"),
+    "few embeddings": (0, (*GPT2, FEW), {}, f"has {FEW} embeddings, too few for token id {FEW}; resize"),
+    "the same, reward": (1, (*SCORER, FEW), {}, f"has {FEW} embeddings, too few for token id {FEW}; resize"),
 }
 
 
@@ -572,9 +551,8 @@ REFUSED = {  # name: (0 a policy, or 1 a reward model; what is made with the fol
 def test_models_that_would_be_half_read_are_refused(case, tmp_path):
     as_reward, (name, kind, *size), changes, line = REFUSED[case]
     config = {"vocab_size": size[0]} if size else {}
-    folder = saved(
-        make(name, kind, torch.float32, num_labels=1, pad_token_id=0, **config), tmp_path / "m", **changes
-    )
+    model = make(name, kind, torch.float32, num_labels=1, pad_token_id=0, **config)
+    folder = saved(model, tmp_path / "m", **changes)
     with pytest.raises(SystemExit) as stop:
         p3o.load_model(KINDS[as_reward][0], folder, words(), p3o.Args(device="cpu"), **KINDS[as_reward][1])
     assert stop.value.code.startswith(f"error: {folder} ") and line in stop.value.code, stop.value.code
