@@ -109,9 +109,8 @@ def read_data(args):
     except json.JSONDecodeError as error:
         sys.exit(f"error: {args.dataset!r} has {error.doc[:80]!r}, which is no JSON ({error}); mend it")
     except (OSError, EOFError, ValueError, datasets.exceptions.DatasetsError) as error:
-        sys.exit(f"error: cannot read {args.dataset!r}: {str(error.__cause__ or error)!r:.300}; mend it")
-    found = [{name for row in data[split] for name in row if row[name] is not None} for split in data]
-    found = set.intersection(*found)
+        sys.exit(f"error: cannot read {args.dataset!r}: {str(error.__cause__ or error)!r:.300}; check it")
+    found = set.intersection(*(set().union(*rows) for rows in data.values()))
     columns = next((form.split("+") for form in FORMATS if found.issuperset(form.split("+"))), None)
     check(columns, f"{args.dataset!r} has columns {sorted(found)}; rename them to {' or '.join(FORMATS)}")
     print(f"{args.dataset!r}: reading {columns} of {names}; not read: {sorted(found - {*columns})}")

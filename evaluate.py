@@ -114,7 +114,7 @@ def read_score(model, prompt_ids, prompt_mask, response_ids, response_mask):
     hidden = model.base_model(**inputs, use_cache=False).last_hidden_state.float()  # (N, P + R, D)
     with torch.autocast(hidden.device.type, enabled=False):  # a bfloat16 head would round scores by up to 1%
         scores = model.score(hidden[:, prompt_ids.shape[1] - 1 :]).squeeze(-1)  # (N, 1 + R)
-    return scores.gather(1, response_mask.sum(1, keepdim=True)).squeeze(1)  # by position: pad may be EOS
+    return scores.gather(1, response_mask.sum(1, keepdim=True)).squeeze(1)  # not by pad id, which may be EOS
 
 
 def token_rows(batch, rows):
@@ -133,9 +133,10 @@ def check(condition, message):
 def load_tokenizer(args):
     """Loads the model's tokenizer and checks that its EOS is the token that ends a turn in the data set."""
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # safe: no mask looks for this token
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # safe: masks do not depend on it
     eos, record = tokenizer.eos_token, Path(args.dataset, "data.json")  # data.py writes this file
     end = json.loads(record.read_text())["eos_token"] if record.exists() else eos
+    check(len(tokenizer) > 1, f"{args.model} has no tokenizer files; add them, or give another model")
     check(eos and eos == end, f"{args.model} has EOS {eos!r}, {args.dataset} has {end!r}; run sft.py first")
     return tokenizer
 
@@ -159,7 +160,7 @@ def read_prompts(splits, tokenizer, args):
 
 
 def pad_rows(prompt_ids, response_ids, tokenizer, args):
-    """Pads N prompts on the left and N responses on the right: a batch, as token_rows reads it."""
+    """Pads N prompts on the left and N responses on the right. Returns a batch, a dict of tensors."""
     prompt = tokenizer.pad({"input_ids": prompt_ids}, padding_side="left", return_tensors="pt")
     response = tokenizer.pad({"input_ids": response_ids}, padding_side="right", return_tensors="pt")
     batch = {"prompt_ids": prompt["input_ids"], "prompt_mask": prompt["attention_mask"].bool()}
@@ -362,7 +363,7 @@ def main(runs, args):
         prompts = read_prompts(["test", "validation"], tokenizer, args)[: args.num_prompts]
         reference = load_model(AutoModelForCausalLM, args.model, tokenizer, args)
         reward = load_reward(tokenizer, args)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         names = f"{args.model}, {args.reward_model} or {args.dataset}"
         sys.exit(f"error: cannot load {names} ({str(error).splitlines()[0]}); run the stages before this one")
     gold, policies, rows = load_gold(args.dataset), {"sft": args.model, **folders}, {}

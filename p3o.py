@@ -52,17 +52,17 @@ class Args:
     device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1, ...")
     dtype: Literal["float32", "bfloat16"] = flag("float32", "bfloat16 is autocast: weights stay in float32")
     learning_rate: float = flag(3e-4, "Adam's rate, which falls linearly; 1e-6 to 3e-5 for pretrained models")
-    steps: int = flag(60, "number of rollouts; to raise it on --resume raises the learning rate too")
+    steps: int = flag(60, "number of rollouts; if --resume raises it, the learning rate jumps up")
     prompts_per_step: int = flag(64, "B, prompts per rollout")
     num_responses: int = flag(2, "K, responses per prompt; all K (K - 1) / 2 pairs are used")
     epochs: int = flag(2, "passes over each rollout, usually 1 to 4")
     minibatch_size: int = flag(32, "prompts per optimizer step, each with all its responses")
     micro_batch_size: int = flag(32, "prompts per forward and backward pass; a lower number saves memory")
     beta: float = flag(0.5, "weight of the KL to the SFT model; 0.05 for HH-RLHF in the authors' code")
-    clipping: Literal["joint", "separate", "none"] = flag("joint", "P3O-V2, P3O-V1, or no clip, no weights")
+    clipping: Literal["joint", "separate", "none"] = flag("joint", "P3O-V2, V1, or neither clip nor weights")
     clip_range: float = flag(0.2, "epsilon, for rho (separate) or for a difference of log rho (joint)")
-    max_importance_weight: float | None = flag(None, "c: clamp rho_1 rho_2 to [1/c, c]; authors: 10")
-    reward_shift: float = flag(0.0, "size of a random offset per prompt, to test the invariance")
+    max_importance_weight: float | None = flag(None, "c, to clamp weights to [1/c, c]; the authors use 10")
+    reward_shift: float = flag(0.0, "size of a random offset per prompt, which should change nothing")
     missing_eos_penalty: float = flag(1.0, "number subtracted from the score of a response without EOS")
     temperature: float = flag(1.0, "number that divides the logits, in sampling and in every log-prob")
     prompt_length: int = flag(32, "longest prompt in tokens; longer ones are left out")
@@ -85,10 +85,10 @@ def trajectory_reward(score, logp_old_seq, logp_ref_seq, beta):
 
 
 def pairwise_policy_gradient_loss(logp_new_seq, reward):
-    """-(R1 - R2) (log pi(y1|x) - log pi(y2|x)) / 2. Its gradient is minus the PPG [P3O, Theorem 1].
+    """-(R1 - R2) (log pi(y1|x) - log pi(y2|x)) / 2. Its gradient is minus the pairwise one [P3O, Theorem 1].
 
     logp_new_seq (nats per response) and reward are (B, K), K >= 2. The loss is a scalar, the mean over
-    prompts and pairs of responses, which must come from the current policy. It has the gradient of RLOO.
+    prompts and pairs. If the responses come from the current policy, the gradient is that of RLOO.
     """
     if logp_new_seq.shape != reward.shape or reward.dim() != 2 or reward.shape[1] < 2:
         raise ValueError(f"expected (B, K), K >= 2: {tuple(logp_new_seq.shape)}, {tuple(reward.shape)}")
@@ -105,7 +105,7 @@ def p3o_loss(
     V1:  A_i = sg[(R_i - R_-i) rho_-i]      -sum_i min(A_i rho_i, A_i clip(rho_i, 1 - eps, 1 + eps)) / 2
     V2:  w = sg[(R_1 - R_2) rho_1 rho_2]    -min(w d, w clip(d, -eps, eps)) / 2,    d = log rho_1 - log rho_2
     Here rho = pi / pi_old, -i is the other response of the pair, and sg stops the gradient. The paper's d is
-    log(pi(y1) / pi(y2)). Minus its value under pi_old it starts at 0, and its gradient is the same.
+    log(pi(y1) / pi(y2)). Here its value under pi_old is subtracted, which keeps the gradient the same.
 
     logp_new_seq, logp_old_seq (nats per response) and reward are (B, K). The loss is a scalar, the mean over
     prompts and pairs of responses. max_importance_weight, c, clamps the weight rho_1 rho_2 (V1: rho_-i) to
@@ -136,7 +136,7 @@ def p3o_loss(
         unclipped, clipped = w * d / 2, w * d.clamp(-clip_range, clip_range) / 2
     stats = {"clip_fraction": (clipped < unclipped).float().mean().item()}
     stats["log_ratio_max"] = (logp_new_seq - logp_old_seq).detach().abs().max().item()
-    return -torch.minimum(unclipped, clipped).mean(), stats  # in V1 a pair has two terms, hence its 1/2
+    return -torch.minimum(unclipped, clipped).mean(), stats  # V1: the mean over two terms is its 1/2
 
 
 # -------------------------------------------------------------------------------------- tokens and log-probs
@@ -166,7 +166,7 @@ def read_score(model, prompt_ids, prompt_mask, response_ids, response_mask):
     hidden = model.base_model(**inputs, use_cache=False).last_hidden_state.float()  # (N, P + R, D)
     with torch.autocast(hidden.device.type, enabled=False):  # a bfloat16 head would round scores by up to 1%
         scores = model.score(hidden[:, prompt_ids.shape[1] - 1 :]).squeeze(-1)  # (N, 1 + R)
-    return scores.gather(1, response_mask.sum(1, keepdim=True)).squeeze(1)  # by position: pad may be EOS
+    return scores.gather(1, response_mask.sum(1, keepdim=True)).squeeze(1)  # not by pad id, which may be EOS
 
 
 def token_rows(batch, rows):
@@ -185,9 +185,10 @@ def check(condition, message):
 def load_tokenizer(args):
     """Loads the model's tokenizer and checks that its EOS is the token that ends a turn in the data set."""
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # safe: no mask looks for this token
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # safe: masks do not depend on it
     eos, record = tokenizer.eos_token, Path(args.dataset, "data.json")  # data.py writes this file
     end = json.loads(record.read_text())["eos_token"] if record.exists() else eos
+    check(len(tokenizer) > 1, f"{args.model} has no tokenizer files; add them, or give another model")
     check(eos and eos == end, f"{args.model} has EOS {eos!r}, {args.dataset} has {end!r}; run sft.py first")
     return tokenizer
 
@@ -351,7 +352,7 @@ def open_run(model, optimizer, args):
         may_change = "output_dir steps save_every micro_batch_size device resume overwrite".split()
         for name in vars(args).keys() - may_change:
             before, now = str(checkpoint["args"].get(name)), str(getattr(args, name))
-            unchanged = os.path.realpath(before) == os.path.realpath(now)  # out/sft is ./out/sft
+            unchanged = os.path.realpath(before) == os.path.realpath(now)  # so that out/sft equals ./out/sft
             check(unchanged, f"--{name} was {before} and is now {now}; --resume cannot change it")
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
@@ -452,7 +453,7 @@ def main(args):
         held_out = read_prompts(["validation", "test"], tokenizer, args)[: args.eval_prompts]
         policy, reference = (load_model(AutoModelForCausalLM, args.model, tokenizer, args) for _ in range(2))
         models = policy, reference.requires_grad_(False), load_reward(tokenizer, args)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         names = f"{args.model}, {args.reward_model} or {args.dataset}"
         sys.exit(f"error: cannot load {names} ({str(error).splitlines()[0]}); run the stages before this one")
     sampling = {"do_sample": True, "temperature": args.temperature, "top_k": 0, "top_p": 1.0}

@@ -1,7 +1,7 @@
 """PPO (Schulman et al. 2017, arXiv:1707.06347, [PPO]) for language models, the baseline of P3O.
 
-PPO treats each token as an action. A critic predicts at each token how much reward is still to come. The
-policy then makes those tokens more probable after which more reward came than the critic had predicted.
+PPO treats each token as an action. A critic predicts at each token how much reward is still to come. Tokens
+that were followed by more reward than predicted become more probable.
 
     python toy.py && python sft.py && python reward_model.py    # the stages before this one
     python ppo.py                                               # 1 minute on two CPU cores; last line:
@@ -11,7 +11,7 @@ policy then makes those tokens more probable after which more reward came than t
     advantages      A_t = sum_l (gamma lam)^l delta_{t+l}, and returns R_t = A_t + V_t      gae
     PPO-Clip        max E min(rho_t A_t, clip(rho_t, 1 - eps, 1 + eps) A_t)                 ppo_clip_loss
     PPO-Penalty     max E rho_t A_t - c KL(pi_old || pi)                                    ppo_penalty_loss
-    critic          min E max((V - R)^2, (clip(V, V_old - eps, V_old + eps) - R)^2) / 2     value_loss
+    critic          min E max((V - R)^2, (clip(V, V_old -+ eps_V) - R)^2) / 2               value_loss
 
 Read "the mathematics" first, then update_models and train_step at the end. ALGORITHM.md lists the tricks of
 [Secrets] (Zheng et al. 2023, 2307.04964); --preset ppo_max is its recipe. [GAE] is 1506.02438, [KL] Ziegler
@@ -23,7 +23,7 @@ critic count as --steps. A response that is cut off before EOS loses --missing_e
 
 Notation: B prompts, K responses per prompt, N = B * K rows, P prompt length, R response length, V vocabulary.
 Prompts are padded on the left and responses on the right. Masks are boolean and True for real tokens. Names
-that end in _tok are (N, R). In an equation V is the critic's value. In the logs "reward" is the mean score.
+that end in _tok are (N, R). In equations V is the value and R the return. In logs "reward" is the score.
 """
 
 import json
@@ -65,7 +65,7 @@ class Args:
     minibatch_size: int = flag(32, "prompts per optimizer step, each with all its responses")
     micro_batch_size: int = flag(32, "prompts per forward and backward pass; a lower number saves memory")
     beta: float = flag(0.5, "weight of the KL to the SFT model in the token rewards")
-    kl_target: float | None = flag(None, "KL in nats per response that beta, if it is to adapt, aims at")
+    kl_target: float | None = flag(None, "target KL in nats per response for an adaptive beta")
     kl_horizon: float = flag(1000, "responses over which beta adapts to --kl_target; 10000 in [KL]")
     gamma: float = flag(1.0, "discount per token")
     lam: float = flag(0.95, "lambda of GAE; 1 gives Monte-Carlo returns, 0 gives one-step TD errors")
@@ -75,14 +75,14 @@ class Args:
     value_clip_range: float = flag(0.2, "largest change of a value in one rollout; inf for no limit")
     normalize_reward: bool = flag(False, "normalize scores by the mean and std of all scores so far")
     scale_reward: bool = flag(False, "divide scores by the std of all scores so far; not in PPO-max")
-    reward_clip: float | None = flag(None, "largest absolute score after that; 0.3 to 0.8 in [Secrets]")
+    reward_clip: float | None = flag(None, "largest absolute normalized score; 0.3 to 0.8 in [Secrets]")
     whiten_advantages: bool = flag(True, "normalization of advantages to mean 0 and std 1 [N+]")
     advantage_clip: float = flag(math.inf, "largest absolute advantage; 0.12 to 0.5 in [Secrets]")
     critic_init: Literal["reward", "sft"] = flag("reward", "reward model, or SFT model with a zero head")
     critic_warmup_steps: int = flag(0, "number of first steps that train only the critic")
     ptx_coef: float = flag(0.0, "weight of the demonstrations' log-likelihood per token (PPO-ptx)")
     ptx_dataset: str = flag("data/toy/sft", "demonstrations for --ptx_coef: columns prompt, completion")
-    reward_shift: float = flag(0.0, "size of a random offset per prompt in the scores, an experiment")
+    reward_shift: float = flag(0.0, "size of a random offset per prompt, which the critic has to learn")
     missing_eos_penalty: float = flag(1.0, "number subtracted from the score of a response without EOS")
     temperature: float = flag(1.0, "number that divides the logits, in sampling and in every log-prob")
     prompt_length: int = flag(32, "longest prompt in tokens; longer ones are left out")
@@ -124,7 +124,7 @@ def masked_whiten(x, mask, shift_mean=True):
 def token_rewards(score, logp_old_tok, logp_ref_tok, response_mask, beta):
     """r_t = -beta (log pi_old - log pi_SFT)(y_t), plus the score at the last response token [N+].
 
-    score is (B,), the other tensors are (B, R), and log-probs are in nats. Returns (B, R), 0 off the mask.
+    score is (N,), the other tensors are (N, R), and log-probs are in nats. Returns (N, R), 0 off the mask.
     """
     kl = (logp_old_tok - logp_ref_tok).masked_fill(~response_mask, 0.0)
     last = response_mask & (response_mask.cumsum(1) == response_mask.sum(1, keepdim=True))
@@ -135,7 +135,7 @@ def token_rewards(score, logp_old_tok, logp_ref_tok, response_mask, beta):
 def gae(reward_tok, value_tok, response_mask, gamma=1.0, lam=0.95):
     """A_t = sum_l (gamma lam)^l delta_{t+l}, where delta_t = r_t + gamma V_{t+1} - V_t [GAE].
 
-    All arguments are (B, R). V is 0 after the end of a response. Returns (advantages, returns), (B, R) each
+    All tensors are (N, R). V is 0 after the end of a response. Returns (advantages, returns), (N, R) each
     and 0 outside the mask, where returns = A + V. If lam is 1, returns are discounted sums of the rewards.
     """
     reward, value = (x.masked_fill(~response_mask, 0.0) for x in (reward_tok, value_tok))
@@ -148,10 +148,10 @@ def gae(reward_tok, value_tok, response_mask, gamma=1.0, lam=0.95):
 
 
 def importance_ratio(logp_new_tok, logp_old_tok, response_mask):
-    """rho_t = pi(y_t) / pi_old(y_t), (B, R) and 1 outside the mask. Returns (rho, approx_kl, stats).
+    """rho_t = pi(y_t) / pi_old(y_t), (N, R) and 1 outside the mask. Returns (rho, approx_kl, stats).
 
     approx_kl is the mean of rho - 1 - log rho over tokens, an unbiased estimate of KL(pi_old || pi) in nats
-    per token. log rho is clamped to [-20, 20] so that float32 stays finite. No gradient flows beyond.
+    per token. log rho is clamped to [-20, 20] so that float32 stays finite. No gradient flows beyond that.
     """
     log_ratio = (logp_new_tok - logp_old_tok).masked_fill(~response_mask, 0.0)
     log_rho = log_ratio.clamp(-20, 20)
@@ -163,8 +163,8 @@ def importance_ratio(logp_new_tok, logp_old_tok, response_mask):
 def ppo_clip_loss(logp_new_tok, logp_old_tok, advantages, response_mask, clip_range=0.2):
     """-E_t min(rho_t A_t, clip(rho_t, 1 - eps, 1 + eps) A_t), a mean over response tokens [PPO, eq. 7].
 
-    All tensors are (B, R), and log-probs are in nats. Returns the loss, a scalar, and {"clip_fraction": share
-    of tokens whose gradient the clip removed, "log_ratio_max": max |log rho|, and "approx_kl"}.
+    All tensors are (N, R), and log-probs are in nats. Returns the loss, a scalar, and {"clip_fraction": share
+    of tokens whose gradient the clip removed, "log_ratio_max": max |log rho|, "approx_kl"}.
     """
     rho, _, stats = importance_ratio(logp_new_tok, logp_old_tok, response_mask)
     unclipped, clipped = rho * advantages, rho.clamp(1 - clip_range, 1 + clip_range) * advantages
@@ -182,7 +182,7 @@ def ppo_penalty_loss(logp_new_tok, logp_old_tok, advantages, response_mask, pena
 def value_loss(value_new_tok, value_old_tok, returns, response_mask, clip_range=0.2):
     """E_t max((V - R)^2, (clip(V, V_old - eps, V_old + eps) - R)^2) / 2, a mean over response tokens [N+].
 
-    All tensors are (B, R). With clip_range=None it is half the mean squared error. The loss is a scalar.
+    All tensors are (N, R). With clip_range=None it is half the mean squared error. The loss is a scalar.
     """
     new, old = value_new_tok.masked_fill(~response_mask, 0.0), value_old_tok
     clipped = new if clip_range is None else old + (new - old).clamp(-clip_range, clip_range)
@@ -192,8 +192,7 @@ def value_loss(value_new_tok, value_old_tok, returns, response_mask, clip_range=
 
 class RunningNormalizer:
     """(x - mean) / std over all numbers so far, then clipped to [-clip, clip] [Secrets].
-
-    std is the population's. shift_mean=False only divides by it, and scale=False only clips.
+    shift_mean=False only divides by std (the population's), and scale=False only clips.
     """
 
     def __init__(self, shift_mean=True, scale=True, clip=None):
@@ -250,7 +249,7 @@ def read_score(model, prompt_ids, prompt_mask, response_ids, response_mask):
     hidden = model.base_model(**inputs, use_cache=False).last_hidden_state.float()  # (N, P + R, D)
     with torch.autocast(hidden.device.type, enabled=False):  # a bfloat16 head would round scores by up to 1%
         scores = model.score(hidden[:, prompt_ids.shape[1] - 1 :]).squeeze(-1)  # (N, 1 + R)
-    return scores.gather(1, response_mask.sum(1, keepdim=True)).squeeze(1)  # by position: pad may be EOS
+    return scores.gather(1, response_mask.sum(1, keepdim=True)).squeeze(1)  # not by pad id, which may be EOS
 
 
 def read_values(model, prompt_ids, prompt_mask, response_ids, response_mask):
@@ -277,9 +276,10 @@ def check(condition, message):
 def load_tokenizer(args):
     """Loads the model's tokenizer and checks that its EOS is the token that ends a turn in the data set."""
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # safe: no mask looks for this token
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # safe: masks do not depend on it
     eos, record = tokenizer.eos_token, Path(args.dataset, "data.json")  # data.py writes this file
     end = json.loads(record.read_text())["eos_token"] if record.exists() else eos
+    check(len(tokenizer) > 1, f"{args.model} has no tokenizer files; add them, or give another model")
     check(eos and eos == end, f"{args.model} has EOS {eos!r}, {args.dataset} has {end!r}; run sft.py first")
     return tokenizer
 
@@ -314,7 +314,7 @@ def read_rows(name, splits, columns, tokenizer, args):
 
 
 def pad_rows(prompt_ids, response_ids, tokenizer, args):
-    """Pads N prompts on the left and N responses on the right: a batch, as token_rows reads it."""
+    """Pads N prompts on the left and N responses on the right. Returns a batch, a dict of tensors."""
     prompt = tokenizer.pad({"input_ids": prompt_ids}, padding_side="left", return_tensors="pt")
     response = tokenizer.pad({"input_ids": response_ids}, padding_side="right", return_tensors="pt")
     batch = {"prompt_ids": prompt["input_ids"], "prompt_mask": prompt["attention_mask"].bool()}
@@ -473,7 +473,7 @@ def open_run(model, optimizer, args):
         may_change = "output_dir steps save_every micro_batch_size device resume overwrite".split()
         for name in vars(args).keys() - may_change:
             before, now = str(checkpoint["args"].get(name)), str(getattr(args, name))
-            unchanged = os.path.realpath(before) == os.path.realpath(now)  # out/sft is ./out/sft
+            unchanged = os.path.realpath(before) == os.path.realpath(now)  # so that out/sft equals ./out/sft
             check(unchanged, f"--{name} was {before} and is now {now}; --resume cannot change it")
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
@@ -520,7 +520,7 @@ def policy_and_value_loss(policy, critic, batch, rows, args):
 
 
 def backward_demonstrations(policy, rows, tokenizer, args):
-    """Adds the gradient of -ptx_coef E log pi(y_t | x, y_<t). Returns the mean E in nats per token."""
+    """Adds the gradient of -ptx_coef E log pi(y_t | x, y_<t). Returns that mean in nats per token."""
     texts = [row["prompt_ids"] for row in rows], [row["response_ids"][0] for row in rows]
     batch, mean_logp = pad_rows(*texts, tokenizer, args), 0.0
     for part in torch.arange(len(rows)).split(args.micro_batch_size):
@@ -534,7 +534,7 @@ def backward_demonstrations(policy, rows, tokenizer, args):
 
 
 def update_models(policy, critic, optimizer, batch, minibatch, ptx_rows, tokenizer, args):
-    """One optimizer step of both models. Micro-batches count by their tokens, as in the whole minibatch."""
+    """One optimizer step of both models. Micro-batches are weighted by their tokens."""
     K, metrics = args.num_responses, {"log_ratio_max": 0.0}
     num_tokens = batch["response_mask"].unflatten(0, (-1, K))[minibatch].sum()
     for prompts in minibatch.split(args.micro_batch_size):
@@ -622,7 +622,7 @@ def main(args):
         policy, reference = (load_model(AutoModelForCausalLM, args.model, tokenizer, args) for _ in range(2))
         models = policy, reference.requires_grad_(False), load_reward(tokenizer, args)
         critic = load_critic(tokenizer, args)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         names = f"{args.model}, {args.reward_model} or {args.dataset}"
         sys.exit(f"error: cannot load {names} ({str(error).splitlines()[0]}); run the stages before this one")
     sampling = {"do_sample": True, "temperature": args.temperature, "top_k": 0, "top_p": 1.0}

@@ -95,7 +95,7 @@ def lr_share(step, steps):
 # -------------------------------------------------------------------------------------- tokens and log-probs
 # The functions from here to the main section are the same text in every training script that has them.
 def pad_rows(prompt_ids, response_ids, tokenizer, args):
-    """Pads N prompts on the left and N responses on the right: a batch, as token_rows reads it."""
+    """Pads N prompts on the left and N responses on the right. Returns a batch, a dict of tensors."""
     prompt = tokenizer.pad({"input_ids": prompt_ids}, padding_side="left", return_tensors="pt")
     response = tokenizer.pad({"input_ids": response_ids}, padding_side="right", return_tensors="pt")
     batch = {"prompt_ids": prompt["input_ids"], "prompt_mask": prompt["attention_mask"].bool()}
@@ -128,7 +128,7 @@ def read_score(model, prompt_ids, prompt_mask, response_ids, response_mask):
     hidden = model.base_model(**inputs, use_cache=False).last_hidden_state.float()  # (N, P + R, D)
     with torch.autocast(hidden.device.type, enabled=False):  # a bfloat16 head would round scores by up to 1%
         scores = model.score(hidden[:, prompt_ids.shape[1] - 1 :]).squeeze(-1)  # (N, 1 + R)
-    return scores.gather(1, response_mask.sum(1, keepdim=True)).squeeze(1)  # by position: pad may be EOS
+    return scores.gather(1, response_mask.sum(1, keepdim=True)).squeeze(1)  # not by pad id, which may be EOS
 
 
 # ------------------------------------------------------------------------------------------- data and models
@@ -141,9 +141,10 @@ def check(condition, message):
 def load_tokenizer(args):
     """Loads the model's tokenizer and checks that its EOS is the token that ends a turn in the data set."""
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # safe: no mask looks for this token
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # safe: masks do not depend on it
     eos, record = tokenizer.eos_token, Path(args.dataset, "data.json")  # data.py writes this file
     end = json.loads(record.read_text())["eos_token"] if record.exists() else eos
+    check(len(tokenizer) > 1, f"{args.model} has no tokenizer files; add them, or give another model")
     check(eos and eos == end, f"{args.model} has EOS {eos!r}, {args.dataset} has {end!r}; run sft.py first")
     return tokenizer
 
@@ -206,7 +207,9 @@ def load_model(auto_class, name, tokenizer, args, may_lack=(), **options):
 @torch.no_grad()
 def probe_model(model, tokenizer, args):
     """Checks that hidden states do not change if padding stands before them or if other tokens follow."""
-    batch = pad_rows([[1, 2], [1]], [[0, tokenizer.eos_token_id], [2, 0]], tokenizer, args)  # 1 2 0, twice
+    batch = pad_rows(
+        [[1, 2], [1]], [[0, tokenizer.eos_token_id], [2, 0]], tokenizer, args
+    )  # both rows start with 1 2 0
     hidden = model.base_model(**model_inputs(**batch), use_cache=False).last_hidden_state  # (2, 4, D)
     unchanged = (hidden[0, :3] - hidden[1, 1:]).abs().max() <= 1e-3 * hidden.abs().max()  # false for NaN
     check(unchanged, f"{args.model} sees padding or later tokens, or is not finite; use a decoder-only model")
@@ -289,7 +292,7 @@ def open_run(model, optimizer, args):
         may_change = "output_dir steps save_every micro_batch_size device resume overwrite".split()
         for name in vars(args).keys() - may_change:
             before, now = str(checkpoint["args"].get(name)), str(getattr(args, name))
-            unchanged = os.path.realpath(before) == os.path.realpath(now)  # out/sft is ./out/sft
+            unchanged = os.path.realpath(before) == os.path.realpath(now)  # so that out/sft equals ./out/sft
             check(unchanged, f"--{name} was {before} and is now {now}; --resume cannot change it")
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
@@ -358,7 +361,7 @@ def main(args):
         train = read_rows(args.dataset, ["train"], columns, tokenizer, args)
         held_out = read_rows(args.dataset, ["validation", "test"], columns, tokenizer, args)[: args.eval_rows]
         models = make_reward_model(tokenizer, args)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         names = f"{args.model} or {args.dataset}"
         sys.exit(f"error: cannot load {names} ({str(error).splitlines()[0]}); run the stages before this one")
     model = models[0]

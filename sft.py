@@ -64,7 +64,7 @@ class Args:
 def completion_loss(logits, tokens, completion_mask):
     """-log p(token_t | tokens before t), in nats, averaged over the tokens where completion_mask is True.
 
-    logits (B, T, V) at t predict token t + 1. tokens and completion_mask are (B, T). The loss () is float32.
+    logits (B, T, V) at t predict token t + 1. tokens and completion_mask are (B, T). The loss is a scalar.
     The mean is over the tokens of all rows together, so a long completion weighs more than a short one.
     """
     predicted = completion_mask[:, 1:]  # (B, T - 1)
@@ -83,7 +83,7 @@ def lr_share(step, steps):
 # -------------------------------------------------------------------------------------- tokens and log-probs
 # The functions from here to the main section are the same text in every training script that has them.
 def pad_rows(prompt_ids, response_ids, tokenizer, args):
-    """Pads N prompts on the left and N responses on the right: a batch, as token_rows reads it."""
+    """Pads N prompts on the left and N responses on the right. Returns a batch, a dict of tensors."""
     prompt = tokenizer.pad({"input_ids": prompt_ids}, padding_side="left", return_tensors="pt")
     response = tokenizer.pad({"input_ids": response_ids}, padding_side="right", return_tensors="pt")
     batch = {"prompt_ids": prompt["input_ids"], "prompt_mask": prompt["attention_mask"].bool()}
@@ -110,7 +110,7 @@ def load_tokenizer_for_dataset(args):
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     eos, record = tokenizer.eos_token, Path(args.dataset, "data.json")  # data.py writes this file
     eos = json.loads(record.read_text())["eos_token"] if record.exists() else eos
-    known = eos in tokenizer.get_vocab() and len(tokenizer) > 1  # it has 1 if GPT-2's files are missing
+    known = eos in tokenizer.get_vocab() and len(tokenizer) > 1  # length 1: the tokenizer files are missing
     check(known, f"{args.model} has no tokenizer or no token {eos!r} in it, for EOS; use another model")
     tokenizer.eos_token, tokenizer.pad_token = eos, tokenizer.pad_token or eos
     return tokenizer
@@ -174,7 +174,9 @@ def load_model(auto_class, name, tokenizer, args, may_lack=(), **options):
 @torch.no_grad()
 def probe_model(model, tokenizer, args):
     """Checks that hidden states do not change if padding stands before them or if other tokens follow."""
-    batch = pad_rows([[1, 2], [1]], [[0, tokenizer.eos_token_id], [2, 0]], tokenizer, args)  # 1 2 0, twice
+    batch = pad_rows(
+        [[1, 2], [1]], [[0, tokenizer.eos_token_id], [2, 0]], tokenizer, args
+    )  # both rows start with 1 2 0
     hidden = model.base_model(**model_inputs(**batch), use_cache=False).last_hidden_state  # (2, 4, D)
     unchanged = (hidden[0, :3] - hidden[1, 1:]).abs().max() <= 1e-3 * hidden.abs().max()  # false for NaN
     check(unchanged, f"{args.model} sees padding or later tokens, or is not finite; use a decoder-only model")
@@ -244,7 +246,7 @@ def open_run(model, optimizer, args):
         may_change = "output_dir steps save_every micro_batch_size device resume overwrite".split()
         for name in vars(args).keys() - may_change:
             before, now = str(checkpoint["args"].get(name)), str(getattr(args, name))
-            unchanged = os.path.realpath(before) == os.path.realpath(now)  # out/sft is ./out/sft
+            unchanged = os.path.realpath(before) == os.path.realpath(now)  # so that out/sft equals ./out/sft
             check(unchanged, f"--{name} was {before} and is now {now}; --resume cannot change it")
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
@@ -307,7 +309,7 @@ def main(args):
         held_out = read_rows(args.dataset, ["validation", "test"], ["completion"], tokenizer, args)
         held_out = held_out[: args.eval_rows]
         model = load_model(AutoModelForCausalLM, args.model, tokenizer, args)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         names = f"{args.model} or {args.dataset}"
         sys.exit(f"error: cannot load {names} ({str(error).splitlines()[0]}); run toy.py or data.py first")
     probe_model(model, tokenizer, args)

@@ -168,7 +168,7 @@ def train_run(one, folder, paths, more):
     """Trains a run of an RL method; more: flags that are no part of the run."""
     base = {x: paths[x] for x in ("model", "reward_model")}
     flags = base | {"dataset": paths[METHODS[one["method"]].data], "eval_every": 10**6} | more
-    train(one["script"], folder, fingerprint(*base.values()), **flags, **one["flags"])
+    train(one["script"], folder, fingerprint(*base.values()), **(flags | one["flags"]))
 
 
 def answers(place, folders, **flags):

@@ -33,7 +33,8 @@ class Toy:
     def measure(self, folder, paths):
         """Means over the responses, and every gold reward: of the SFT model, and of a run."""
         flags = {"dataset": paths["prompts"], "num_prompts": PROMPTS, "samples_per_prompt": RESPONSES}
-        policies, lines = lib.answers(f"{folder}.answers", [folder], **flags, **self.flags), []
+        flags |= {"reward_model": paths["reward_model"], "missing_eos_penalty": 1.0} | self.flags
+        policies, lines = lib.answers(f"{folder}.answers", [folder], **flags), []
         names = {"reward": "reward", "gold_reward": "gold_reward", "kl": "kl_exact", "length": "length"}
         for rows in (policies["sft"], policies[folder.name]):
             line = {x: round(statistics.fmean(row[y] for row in rows), 6) for x, y in names.items()}

@@ -24,7 +24,7 @@ RUNS = {
     "ppo": ("ppo", {}),
     "ppo-max": (
         "ppo",
-        {"normalize_reward": True, "advantage_clip": 1.0, "ptx_coef": 0.1, "entropy_coef": 0.1},
+        {"normalize_reward": True, "advantage_clip": 1.0, "ptx_coef": 0.1},
     ),
     "ppo-penalty": ("ppo", {"policy_loss": "penalty", "critic_init": "sft", "kl_target": 1.0}),
     "dpo": ("dpo", {}),

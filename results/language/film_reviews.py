@@ -62,9 +62,8 @@ def make_splits(reviews):
     taken = {review["text"] for review in short}
     rest = [review for review in rest if review["text"] not in taken]
     for number, name in enumerate(("pairs", "judge_pairs")):  # every other review
-        splits[name] = make_pairs(
-            [[x for x in rest if x["label"] == label][number::2] for label in (1, 0)], rng
-        )
+        labels = [[review for review in rest if review["label"] == label] for label in (1, 0)]
+        splits[name] = make_pairs([reviews[number::2] for reviews in labels], rng)
     return splits
 
 
@@ -73,12 +72,18 @@ def make_pairs(labels, rng):
     splits, start = {}, 0
     for split, count in (("validation", PAIRS), ("test", 4), ("train", 10**6)):
         count = min(count, *(len(reviews) - start for reviews in labels))
-        good, bad = ([review["text"] for review in reviews[start : start + count]] for reviews in labels)
-        partners = [*zip(good, bad), *zip(good, bad[1:] + bad[:1])]
+        liked, panned = ([review["text"] for review in reviews[start : start + count]] for reviews in labels)
+        partners = [*zip(liked, panned), *zip(liked, panned[1:] + panned[:1])]
         splits[split] = [{"prompt": "Review:", "chosen": x, "rejected": y} for x, y in partners]
         rng.shuffle(splits[split])
         start += count
     return splits
+
+
+def use_eager_attention(folder):
+    """Whoever loads this model gets it: on a CPU in bfloat16 the default is slow backwards."""
+    config = json.loads((folder / "config.json").read_text()) | {"attn_implementation": "eager"}
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
 
 
 class FilmReviews:
@@ -91,11 +96,8 @@ class FilmReviews:
     }
 
     def prepare(self, args):
-        base, self.flags, self.dtype = (
-            lib.OUT / "film_reviews",
-            {"device": args.device},
-            {"dtype": "bfloat16"},
-        )
+        base, self.judge = lib.OUT / "film_reviews", lib.OUT / "film_reviews/judge"
+        self.flags, self.dtype = {"device": args.device}, {"dtype": "bfloat16"}
         if not (base / "data").exists():
             splits = make_splits(read_reviews(args.reviews, AutoTokenizer.from_pretrained(args.model)))
             shutil.rmtree(base / "new", ignore_errors=True)
@@ -104,22 +106,19 @@ class FilmReviews:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text("".join(json.dumps(row) + "\n" for row in rows))
             for name in splits:
-                lib.call(
-                    "data.py", dataset=base / "rows" / name, model=args.model, output_dir=base / "new" / name
-                )
+                flags = {"dataset": base / "rows" / name, "output_dir": base / "new" / name}
+                lib.call("data.py", model=args.model, **flags)
             (base / "new").rename(base / "data")  # once, when all of it is there
         more = STAGE | self.flags | self.dtype
         flags = more | {"model": args.model, "dataset": base / "data/sft", "response_length": RESPONSE}
         lib.train("sft.py", base / "sft", args.reviews, epochs=1, **flags)
+        use_eager_attention(base / "sft")
         pairs = more | {"model": base / "sft", "response_length": PROMPT + WHOLE, "minibatch_size": 32}
         for name, data, seed in (("reward_model", "pairs", 0), ("judge", "judge_pairs", 1)):
             lib.train("reward_model.py", base / name, dataset=base / "data" / data, seed=seed, **pairs)
-        self.judge = base / "judge"
-        return {
-            "model": base / "sft",
-            "reward_model": base / "reward_model",
-            "prompts": base / "data/prompts",
-        }
+            use_eager_attention(base / name)
+        paths = {"model": base / "sft", "reward_model": base / "reward_model"}
+        return paths | {"prompts": base / "data/prompts"}
 
     def measure(self, folder, paths):
         """The scores of every answer by the reward model and by the judge, and the KL at every prompt."""

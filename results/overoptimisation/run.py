@@ -26,7 +26,7 @@ def tables(found):
         }
         row["0.05 minus 0.25"] = lib.paired(points[0.05], points[0.25], "gold_gain")
         row["0.05 minus 0.1"] = lib.paired(points[0.05], points[0.1], "gold_gain")
-        row["the same of the reward model's gain"] = lib.paired(points[0.05], points[0.1], "gain")
+        row["0.05 minus 0.1, reward model"] = lib.paired(points[0.05], points[0.1], "gain")
         rows.append(row | {"KL, beta 0.05": lib.interval(points[0.05], "kl")})
     return {"gold": rows}
 

@@ -19,7 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import lib
 
 CHAIN = "toy.py", "sft.py", "reward_model.py", "p3o.py", "evaluate.py", "frontier.py"
-OTHERS = "ppo.py", "dpo.py"  # run afterwards, so that their last lines are known too
+CURVES_PICTURE = Path(__file__).with_name("curves.png")  # what curves.py draws after the chain
+OTHERS = "curves.py", "ppo.py", "dpo.py"  # run afterwards, so that their last lines are known too
 CURVES = "optimal_frontier", "best_of_n"
 KEPT = "reward", "reward_gain", "gold_gain", "kl", "frontier_efficiency"
 
@@ -39,6 +40,8 @@ def run_all(args):
         print(lines[-1]["said"][-1], flush=True)
         if script == CHAIN[-1]:
             lines[0]["chain_seconds"] = round(time.perf_counter() - start)
+    if args.keep:
+        shutil.copy(folder / "out/curves.png", CURVES_PICTURE)
     lines[len(CHAIN) - 1] |= shorten(json.loads((folder / "out/evaluation/summary.json").read_text()))
     return lines
 

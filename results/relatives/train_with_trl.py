@@ -3,10 +3,10 @@
     pip install -r requirements.txt -r examples/requirements.txt
     python results/relatives/train_with_trl.py --method grpo --output_dir out/grpo    after the quick start
 
-It takes the flags of p3o.py, --method and --reward_scale. It writes a run folder that evaluate.py reads. The
-clip, the advantages and the place of the KL are TRL's own. --resume, --clipping and
---max_importance_weight are ignored, and a run is not evaluated while it goes.
-Prompts are taken literally and positions count real tokens, because TRL would start behind without that.
+It takes the flags of p3o.py and --method, and writes a run folder that evaluate.py reads. The clip, the
+advantages and the place of the KL are TRL's own. --resume, --clipping and --max_importance_weight are
+ignored, and a run is not evaluated while it goes. Prompts are taken literally and positions count real
+tokens, because TRL would start behind without that.
 """
 
 import json
@@ -35,7 +35,6 @@ OPTIONS = {  # what makes the three methods out of TRL's two trainers
 @dataclass
 class Args(p3o.Args):
     method: Literal["rloo", "grpo", "dr_grpo"] = p3o.flag("grpo", "the method to train with")
-    reward_scale: float = p3o.flag(1.0, "number that multiplies each score, after the missing-EOS penalty")
 
 
 class LiteralPrompts:
@@ -92,8 +91,7 @@ def make_reward(model, prompts, tokenizer, args):
             tokens |= {"response_mask": padded[1]["attention_mask"].bool()}
             scores += p3o.read_score(model, **tokens).tolist()
         missing = [args.missing_eos_penalty * (y[-1] != tokenizer.eos_token_id) for y in completion_ids]
-        triples = zip(scores, missing, prompts)
-        return [args.reward_scale * (r - penalty) + offset[text] for r, penalty, text in triples]
+        return [r - penalty + offset[text] for r, penalty, text in zip(scores, missing, prompts)]
 
     return reward
 
