@@ -541,7 +541,7 @@ REFUSED = {  # name: (0 a policy, or 1 a reward model; what is made with the fol
     "a layer too many": (0, GPT2, {"n_layer": 1}, "holds ['transformer.h.1."),
     "reward model as policy": (0, SCORER, {}, "holds ['score.weight'], which would be ignored"),
     "a bias of the score": (1, SCORER, BIAS, "holds ['score.bias']"),
-    "LoRA": (0, GPT2, LORA, "lora_A'], which would be ignored; merge"),
+    "LoRA": (0, GPT2, LORA, "lora_A'], which would be ignored; "),
     "few embeddings": (0, (*GPT2, FEW), {}, f"has {FEW} embeddings, too few for token id {FEW}; resize"),
     "the same, reward": (1, (*SCORER, FEW), {}, f"has {FEW} embeddings, too few for token id {FEW}; resize"),
 }
@@ -566,7 +566,7 @@ def test_what_may_be_left_over_and_what_may_not(tmp_path):
     args = p3o.Args(device="cpu")
     assert p3o.load_model(KINDS[1][0], folder, words(), args, num_labels=1)
     (tmp_path / "m/adapter_config.json").write_text("{}")
-    with pytest.raises(SystemExit, match="adapter_config.json.*merge"):
+    with pytest.raises(SystemExit, match="adapter_config.json.*ignored; "):
         p3o.load_model(KINDS[1][0], folder, words(), args, num_labels=1)
 
 
