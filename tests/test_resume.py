@@ -71,6 +71,7 @@ def command_line(name, folder, *extra, **changes):
 
 def run(name, folder, *extra, **changes):
     """Runs a script in this process, and returns what it gave to sys.exit."""
+    torch.seed()  # as a new process would have it
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["script.py", *command_line(name, folder, *extra, **changes)])
         try:
@@ -130,17 +131,20 @@ def copy_at_every_operation(name, folder, copies, extra):
         if writes or event in ("os.rename", "os.remove", "os.truncate"):
             inside = any(isinstance(arg, str | os.PathLike) and f"{folder}/" in str(arg) for arg in args)
             if inside and folder.exists() and not copying[0]:
-                copy("checkpoint.pt.new" if event == "os.rename" and "checkpoint" in str(args[0]) else None)
+                copy()
 
-    plain = transformers.PreTrainedModel.save_pretrained
+    def save_pretrained(model, place):
+        export(model, place)
+        copy(os.path.relpath(place, folder) + "/model.safetensors")
 
-    def save_pretrained(self, place):
-        plain(self, place)
-        copy(os.path.join(os.path.relpath(place, folder), "model.safetensors"))
+    def save_checkpoint(state, path):
+        write(state, path)
+        copy(os.path.basename(path))
 
+    export, write = transformers.PreTrainedModel.save_pretrained, torch.save
+    transformers.PreTrainedModel.save_pretrained, torch.save = save_pretrained, save_checkpoint
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     sys.addaudithook(hook)
-    transformers.PreTrainedModel.save_pretrained = save_pretrained
     sys.exit(run(name, str(folder), *extra))
 
 
