@@ -286,8 +286,7 @@ def folder_of(form, folder, parts):
 @pytest.mark.parametrize("kind", CONTAINERS)
 def test_containers(kind, run, tmp_path):
     """The same rows in the same order, from a path with brackets; given splits stay what they are, else rows of train
-    are held out. load_dataset, as the training scripts call it, reads back what is
-    written, also where the name of a folder looks like a split."""
+    are held out. load_dataset reads back what is written, also where the folder's name looks like a split."""
     path = tmp_path / "rows [v2] *?"
     if kind.startswith("folder of "):
         folder_of(kind.removeprefix("folder of "), path, PARTS)

@@ -10,7 +10,6 @@ import random
 import statistics
 import subprocess
 import sys
-from itertools import product
 
 import pytest
 import torch
@@ -109,8 +108,7 @@ def naive_quality(prompt, response):
             current = []
         else:
             current.append(word)
-    positive = set(toy.ADJECTIVES[0] + toy.VERBS[0])
-    negative = set(toy.ADJECTIVES[2] + toy.VERBS[2])
+    positive, negative = (set(toy.ADJECTIVES[i] + toy.VERBS[i]) for i in (0, 2))
     content = positive | negative | set(toy.ADJECTIVES[1] + toy.VERBS[1] + toy.PLACES + toy.ASPECTS)
     said, v, broken, place, aspect = [], 0.0, 0, 0, 0
     for sentence, finished in sentences:
@@ -147,7 +145,7 @@ def test_quality_agrees_with_a_naive_second_computation(rows):
 def test_grammar():
     """No other string of up to 4 word classes is a sentence, and none where one is put in, left out or replaced."""
     letters = [letter for letter in toy.CLASSES if letter != "."]
-    strings = {"".join(string) for length in range(1, 5) for string in product(letters, repeat=length)}
+    strings = {"".join(s) for n in range(1, 5) for s in itertools.product(letters, repeat=n)}
     edits = [(s[:i], s[j:]) for s in SENTENCES for i in range(len(s)) for j in (i, i + 1)]
     strings |= {before + new + after for before, after in edits for new in ["", *letters]}
     assert {s for s in strings if toy.SENTENCE.fullmatch(s)} == SENTENCES and len(SENTENCES) == 930
