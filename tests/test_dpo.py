@@ -11,7 +11,7 @@ import math
 import pytest
 import torch
 from conftest import word_tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, HfArgumentParser
+from transformers import GPT2Config, GPT2LMHeadModel, HfArgumentParser
 
 import dpo
 
@@ -41,9 +41,6 @@ def loss_and_grads(logps, beta=BETA):
     return loss.detach(), *torch.autograd.grad(loss, leaves)
 
 
-# -------------------------------------------------------------------------------------------------- the loss
-
-
 @pytest.mark.parametrize("beta", [0.05, 0.3, 2.0])
 def test_loss_and_gradient_against_naive_loops(beta):
     logps, step = draw(), 1e-5
@@ -57,22 +54,12 @@ def test_loss_and_gradient_against_naive_loops(beta):
         down[side][b] -= step
         slope = (naive_loss(*up, beta) - naive_loss(*down, beta)) / (2 * step)
         assert grads[side][b].item() == pytest.approx(slope, abs=1e-9)
-
-
-def test_stats_against_naive_loops():
-    logps = draw()
-    _, stats = dpo.dpo_loss(*logps, BETA)
-    implicit = [[BETA * (a - b) for a, b in zip(logps[s].tolist(), logps[s + 2].tolist())] for s in (0, 1)]
-    margins = [w - rejected for w, rejected in zip(*implicit)]
-    expected = {
-        "accuracy": sum(m > 0 for m in margins) / len(margins),
-        "margin": sum(margins) / len(margins),
-        "logp_chosen": sum(logps[0].tolist()) / len(margins),
-        "logp_rejected": sum(logps[1].tolist()) / len(margins),
-    }
-    assert stats == pytest.approx(expected, rel=1e-12)
-    assert all(type(value) is float for value in stats.values())
-    assert 0 < stats["accuracy"] < 1, "both kinds of pairs must occur"
+    w, y, ref_w, ref_y = lists
+    margins = [beta * (a - b - c + d) for a, b, c, d in zip(w, ref_w, y, ref_y)]
+    expected = {"accuracy": sum(m > 0 for m in margins) / 12, "margin": sum(margins) / 12}
+    expected |= {"logp_chosen": sum(w) / 12, "logp_rejected": sum(y) / 12}
+    assert dpo.dpo_loss(*logps, beta)[1] == pytest.approx(expected, rel=1e-12)
+    assert 0 < expected["accuracy"] < 1, "both kinds of pairs must occur"
 
 
 def test_at_the_reference():
@@ -86,21 +73,6 @@ def test_at_the_reference():
     assert (stats["accuracy"], stats["margin"]) == (0.5, 0)
 
 
-def test_a_step_raises_the_chosen_response_and_lowers_the_rejected():
-    logits = torch.randn(5, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
-    before = logits.log_softmax(-1)
-    loss, _ = dpo.dpo_loss(before[[3]], before[[1]], before[[3]].detach(), before[[1]].detach(), BETA)
-    after = (logits - 0.01 * torch.autograd.grad(loss, logits)[0]).log_softmax(-1)
-    assert after[3] > before[3] and after[1] < before[1]
-
-
-def test_confident_pairs_weigh_less():
-    """The weight of a pair is sigmoid(-margin): right and sure, next to 0; wrong and sure, 1."""
-    zero, ratio = torch.zeros(3, dtype=torch.float64), torch.tensor([40.0, 0.0, -40.0], dtype=torch.float64)
-    _, grad, _ = loss_and_grads([ratio, zero, zero, zero], beta=1.0)
-    assert (-3 * grad).tolist() == pytest.approx([math.exp(-40), 0.5, 1.0], rel=1e-12)
-
-
 @pytest.mark.parametrize("scale", [1, 100])
 def test_an_offset_per_prompt_changes_no_bit(scale):
     """log pi or log pi_SFT + delta(x) on both responses; multiples of 1/8 add without rounding in float32."""
@@ -112,19 +84,9 @@ def test_an_offset_per_prompt_changes_no_bit(scale):
         assert torch.equal(plain, moved)
 
 
-def test_swapping_the_responses_turns_the_margin():
-    chosen, rejected, ref_chosen, ref_rejected = draw()
-    loss, stats = dpo.dpo_loss(chosen, rejected, ref_chosen, ref_rejected, BETA)
-    swapped, turned = dpo.dpo_loss(rejected, chosen, ref_rejected, ref_chosen, BETA)
-    assert turned["margin"] == pytest.approx(-stats["margin"], rel=1e-12)
-    assert turned["accuracy"] == pytest.approx(1 - stats["accuracy"], rel=1e-12)
-    assert (swapped - loss).item() == pytest.approx(stats["margin"], rel=1e-12)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("ratio, loss_expected, slope", [(1e4, 0.0, 0.0), (-1e4, 1e4, -1.0)])
-def test_extreme_ratios_stay_finite(ratio, loss_expected, slope, dtype):
-    ref = torch.full((2,), -1e4, dtype=dtype)
+def test_extreme_ratios_stay_finite(ratio, loss_expected, slope):
+    ref = torch.full((2,), -1e4)
     loss, grad_chosen, grad_rejected = loss_and_grads([ref + ratio / 2, ref - ratio / 2, ref, ref], beta=1.0)
     assert loss.item() == pytest.approx(loss_expected, rel=1e-6)
     assert grad_chosen.tolist() == pytest.approx([slope / 2] * 2, rel=1e-6)
@@ -160,9 +122,6 @@ def test_population_loss_is_least_at_the_gibbs_optimum(beta):
     optimum = (logp_ref + reward / beta).log_softmax(-1)
     assert (optimum - logp_ref).abs().max() > 0.5, "the optimum must lie away from the reference"
     torch.testing.assert_close(logits.detach().log_softmax(-1), optimum, rtol=0, atol=1e-8)
-
-
-# ----------------------------------------------------------------------------------------- pairs and batches
 
 
 TOKENIZER = word_tokenizer(20)
@@ -207,31 +166,23 @@ def naive_gradient(policy, reference, examples, args):
     return loss.item(), torch.autograd.grad(loss, list(policy.parameters()))
 
 
-@pytest.mark.parametrize("micro_batch_size", [1, 2, 4, 5])  # of 5 pairs: 4 leaves a short last one
-def test_micro_batches_add_up_to_the_gradient_of_the_pairs(micro_batch_size):
-    policy, reference, examples, args = small_model(1), small_model(2), random_examples(8), batch_args(2)
-    batch = dpo.read_pairs(reference, examples, TOKENIZER, args)
-    args, pairs = batch_args(micro_batch_size), torch.tensor([6, 1, 7, 0, 3])
+@pytest.mark.parametrize("micro_batch_size, max_norm", [(1, 1e9), (2, 1e9), (4, 0.01), (5, 1e9)])
+def test_micro_batches_add_up_to_the_gradient_of_the_pairs(micro_batch_size, max_norm):
+    """Of 5 pairs, so that 4 leave a short last batch. The norm is clipped."""
+    policy, reference, examples = small_model(1), small_model(2), random_examples(8)
+    args, pairs = batch_args(micro_batch_size, max_grad_norm=max_norm), torch.tensor([6, 1, 7, 0, 3])
+    batch = dpo.read_pairs(reference, examples, TOKENIZER, batch_args(2))
     loss, expected = naive_gradient(policy, reference, [examples[p] for p in pairs], args)
     before = [p.detach().clone() for p in policy.parameters()]
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.1)  # its step shows the gradient
     metrics = dpo.update_on_pairs(policy, optimizer, batch, pairs, args)
     assert metrics["loss"] == pytest.approx(loss, rel=1e-5)
-    for was, now, grad in zip(before, policy.parameters(), expected, strict=True):
-        torch.testing.assert_close((was - now.detach()) / 0.1, grad, rtol=1e-4, atol=2e-5)
     norm = math.sqrt(sum(g.square().sum().item() for g in expected))
-    assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-4)
+    assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-4) and norm > 0.1
+    for was, now, grad in zip(before, policy.parameters(), expected, strict=True):
+        clipped = grad * min(1, max_norm / norm)
+        torch.testing.assert_close((was - now.detach()) / 0.1, clipped, rtol=1e-4, atol=2e-5)
     assert not any(p.requires_grad and p.grad is not None for p in policy.parameters()), "gradient left over"
-
-
-def test_the_gradient_norm_is_clipped():
-    policy, reference, args = small_model(1), small_model(2), batch_args(4, max_grad_norm=0.01)
-    batch = dpo.read_pairs(reference, random_examples(4), TOKENIZER, args)
-    before = torch.cat([p.detach().flatten().clone() for p in policy.parameters()])
-    optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
-    assert dpo.update_on_pairs(policy, optimizer, batch, torch.arange(4), args)["grad_norm"] > 0.1
-    after = torch.cat([p.detach().flatten() for p in policy.parameters()])
-    assert (after - before).norm().item() == pytest.approx(0.01, rel=1e-2)
 
 
 def test_held_out_metrics_are_means_over_all_pairs():
@@ -285,39 +236,22 @@ def order_of(batch):
     return order
 
 
-def test_the_higher_score_comes_first_and_ties_keep_their_order():
+def test_the_order_of_the_labels():
+    """Ranked: the higher score comes first, and ties keep their order. Sampled: Bradley-Terry, here odds of 1, 3 and
+    1/9 of the first response, 10000 pairs each."""
     score = torch.tensor([1.0, 2.0, 5.0, -1.0, 3.0, 3.0, 1e9, 1e9 + 0.5], dtype=torch.float64)
     assert order_of(dpo.rank_pairs(scored(score))) == (1, 0, 2, 3, 4, 5, 7, 6)
-
-
-def test_sampled_labels_follow_bradley_terry():
-    """Odds of 1, 3 and 1/9 of the first response, 10000 pairs each."""
     pairs = torch.tensor([[0.0, 0.0], [math.log(3), 0.0], [7.0, 7.0 + math.log(9)]], dtype=torch.float64)
     torch.manual_seed(0)
     order = torch.tensor(order_of(dpo.rank_pairs(scored(pairs.repeat(10000, 1).flatten()), labels="sampled")))
     chosen, rejected = order.view(-1, 2).unbind(1)
-    assert torch.equal(chosen // 2, torch.arange(30000)) and torch.equal(
-        chosen + rejected, 4 * (chosen // 2) + 1
-    )
+    assert torch.equal(chosen // 2, torch.arange(30000)) and torch.equal(chosen ^ 1, rejected)
     first_won = (chosen % 2 == 0).view(10000, 3).double().mean(0)
     assert first_won.tolist() == pytest.approx([1 / 2, 3 / 4, 1 / 10], abs=4 * 0.5 / 100)
 
 
-def test_identical_responses_give_no_gradient():
-    policy, reference, args = small_model(1), small_model(2), batch_args(2)
-    examples = random_examples(2)
-    for e in examples:
-        e["response_ids"][1] = e["response_ids"][0]
-    batch = dpo.read_pairs(reference, examples, TOKENIZER, args)
-    optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
-    assert dpo.update_on_pairs(policy, optimizer, batch, torch.arange(2), args)["grad_norm"] < 1e-6
-
-
-# -------------------------------------------------------------------------------- short runs on the toy data
-
 SMALL = ["--minibatch_size", 8, "--micro_batch_size", 4, "--eval_prompts", 12, "--save_every", 2]
 ONLINE = ["--online", "--prompts_per_step", 8, "--rollout_epochs", 1]
-FILES = {"args.json", "checkpoint.pt", "config.json", "metrics.jsonl", "model.safetensors", "samples_0.jsonl"}
 PAIR_METRICS = {"loss", "accuracy", "margin", "logp_chosen", "logp_rejected", "grad_norm", "seconds"}
 ROLLOUT_METRICS = {"reward", "kl", "entropy", "response_length", "eos_rate"}
 
@@ -354,14 +288,8 @@ def test_a_run_keeps_its_promises_and_resumes_bit_for_bit(mode, chain, tmp_path,
     flags = [*flags_of(mode, chain, tmp_path), "--eval_every", 2, "--learning_rate", 1e-3, "--steps", 4]
     straight, halves = tmp_path / "straight", tmp_path / "halves"
     rows = train(chain, straight, monkeypatch, *flags)
-    printed = capsys.readouterr().out.splitlines()
-    assert (
-        f"{straight}, step 4: gain {rows[4]['eval_reward'] - rows[0]['eval_reward']:.2f} over" in printed[-1]
-    )
-    if mode == "offline":
-        loss, accuracy = rows[4]["eval_loss"], rows[4]["eval_accuracy"]
-        assert f"step 4: loss {loss:.3f}, accuracy {accuracy:.3f} on held-out pairs" in printed[-2]
-    assert {path.name for path in straight.iterdir()} >= FILES
+    gain = rows[4]["eval_reward"] - rows[0]["eval_reward"]
+    assert f"{straight}, step 4: gain {gain:.2f} over" in capsys.readouterr().out.splitlines()[-1]
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
 
     expected = PAIR_METRICS | (ROLLOUT_METRICS | {"frac_identical_pairs"} if mode == "online" else set())
@@ -369,7 +297,6 @@ def test_a_run_keeps_its_promises_and_resumes_bit_for_bit(mode, chain, tmp_path,
     held_out = {f"eval_{name}" for name in ROLLOUT_METRICS} | {"eval_gain"}
     held_out |= {"eval_loss", "eval_accuracy"} if mode == "offline" else set()
     assert all((held_out <= set(row)) == (row["step"] % 2 == 0) for row in rows)
-    assert ("eval_accuracy" in rows[0]) == (mode == "offline")
     assert all(math.isfinite(value) for row in rows for value in row.values())
 
     assert rows[1]["loss"] == pytest.approx(math.log(2), abs=1e-6), "the policy starts at the reference"
@@ -377,8 +304,8 @@ def test_a_run_keeps_its_promises_and_resumes_bit_for_bit(mode, chain, tmp_path,
     assert abs(rows[2]["margin"]) > 1e-3 and abs(rows[4]["eval_kl"]) > 1e-3, "the reference stays behind"
 
     step_of_dpo = dpo.dpo_step
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(dpo, "dpo_step", lambda step, *a: step_of_dpo(step, *a) if step < 4 else cut())
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(dpo, "dpo_step", lambda step, *a: step_of_dpo(step, *a) if step < 4 else 1 / 0)
         train(chain, halves, patch, *flags)  # step 3 is done and logged, and the checkpoint is of step 2
     assert [row["step"] for row in read_log(halves)] == [0, 1, 2, 3]
     resumed = train(chain, halves, monkeypatch, "--resume", *flags)
@@ -386,27 +313,6 @@ def test_a_run_keeps_its_promises_and_resumes_bit_for_bit(mode, chain, tmp_path,
     assert (halves / "samples_4.jsonl").read_bytes() == (straight / "samples_4.jsonl").read_bytes()
     for a, b in zip(rows, resumed, strict=True):
         assert a.keys() == b.keys() and all(a[name] == b[name] for name in a.keys() - {"seconds"})
-
-    policy, start = (AutoModelForCausalLM.from_pretrained(path) for path in (straight, chain / "out/sft"))
-    assert AutoTokenizer.from_pretrained(straight).eos_token_id == policy.generation_config.eos_token_id
-    assert any(not torch.equal(p, q) for p, q in zip(policy.parameters(), start.parameters()))
-
-
-def cut():
-    raise KeyboardInterrupt
-
-
-def test_held_out_prompts_and_first_samples_are_the_same_in_both_modes(chain, tmp_path, monkeypatch):
-    """The first rows of the validation split, and the answers that the SFT model gives to them."""
-    flags = flags_of("offline", chain, tmp_path)
-    samples = []
-    for mode in ([], ONLINE):
-        folder = tmp_path / f"run{len(samples)}"
-        train(chain, folder, monkeypatch, "--steps", 1, *flags, *mode)
-        samples.append([json.loads(line) for line in (folder / "samples_0.jsonl").read_text().splitlines()])
-    rows = (tmp_path / "preferences/validation.jsonl").read_text().splitlines()[:12]
-    assert [row["prompt"] for row in samples[0]] == [json.loads(line)["prompt"] for line in rows]
-    assert samples[0] == samples[1]
 
 
 def test_online_learns_from_the_order_of_the_scores_alone(chain, tmp_path, monkeypatch):
@@ -425,66 +331,30 @@ def test_online_learns_from_the_order_of_the_scores_alone(chain, tmp_path, monke
 
 
 def test_offline_the_reward_model_only_evaluates(chain, tmp_path, monkeypatch, capsys):
-    flags = [*flags_of("offline", chain, tmp_path), "--steps", 2]
+    """In passes over the data: 2 of 40 rows, in steps of 16."""
+    flags = [*flags_of("offline", chain, tmp_path), "--epochs", 2, "--minibatch_size", 16]
     train(chain, tmp_path / "with", monkeypatch, *flags)
     rows = train(chain, tmp_path / "without", monkeypatch, *flags, "--reward_model", "none")
     printed = capsys.readouterr().out.splitlines()[-1]
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("with", "without")]
     assert weights[0] == weights[1]
-    assert {"eval_loss", "eval_accuracy", "eval_kl"} <= set(rows[2])
+    assert rows[-1]["step"] == 5 and {"eval_loss", "eval_accuracy", "eval_kl"} <= set(rows[-1])
     assert not any("reward" in name or "gain" in name for row in rows for name in row)
-    assert "gain" not in printed and printed.endswith(f" and KL {rows[2]['eval_kl']:.2f} nats/response")
+    assert "gain" not in printed and printed.endswith(f" and KL {rows[-1]['eval_kl']:.2f} nats/response")
 
 
-def test_offline_steps_are_passes_over_the_data(chain, tmp_path, monkeypatch):
-    flags = flags_of("offline", chain, tmp_path)
-    flags += ["--epochs", 2, "--minibatch_size", 16]  # 80 rows in fives of 16
-    assert train(chain, tmp_path / "run", monkeypatch, *flags)[-1]["step"] == 5
-
-
-class Opened(Exception):
-    pass
-
-
-@pytest.mark.parametrize("mode", ["offline", "online"])
-def test_defaults_depend_on_the_mode(mode, chain, monkeypatch):
-    def open_run(model, optimizer, args):
-        raise Opened(args)
-
-    monkeypatch.setattr(dpo, "open_run", open_run)
-    monkeypatch.chdir(chain)
-    with pytest.raises(Opened) as opened:
-        dpo.main(dpo.Args(online=mode == "online"))
-    (args,) = opened.value.args
-    rows = len((chain / "data/toy/preferences/train.jsonl").read_text().splitlines())
-    defaults = ("data/toy/prompts", "out/dpo_online", 60)
-    defaults = defaults if args.online else ("data/toy/preferences", "out/dpo", math.ceil(rows / 32))
-    assert (args.dataset, args.output_dir, args.steps) == defaults
-
-
-WRONG = [
-    (["--beta", 0], "--beta 0.0 is out of range"),
-    (["--epochs", 0], "--epochs 0 is out of range"),
-    (["--steps", 0], "--steps 0 is out of range"),
-    (["--dataset", "data/toy/prompts"], "data/toy/prompts has no columns"),
-    (["--reward_model", "out/nothing"], "cannot load out/sft, out/nothing or data/toy/preferences"),
-    (["--online", "--minibatch_size", 5], "--minibatch_size must divide --prompts_per_step"),
-    (["--online", "--reward_model", "none"], "--online ranks by reward"),
-]
-
-
-@pytest.mark.parametrize("flags, words", WRONG)
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--beta", 0], "--beta 0.0 is out of range"),
+        (["--epochs", 0], "--epochs 0 is out of range"),
+        (["--dataset", "data/toy/prompts"], "data/toy/prompts has no columns"),
+        (["--reward_model", "out/nothing"], "cannot load out/sft, out/nothing or data/toy/preferences"),
+        (["--online", "--minibatch_size", 5], "--minibatch_size must divide --prompts_per_step"),
+        (["--online", "--reward_model", "none"], "--online ranks by reward"),
+    ],
+)
 def test_wrong_input_is_refused_before_anything_is_written(flags, words, chain, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match=f"^error: {words}"):
         train(chain, tmp_path / "run", monkeypatch, *flags)
     assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("value", [math.nan, None], ids=str)
-def test_online_a_reward_that_is_no_number_ends_the_run(value, chain, tmp_path, monkeypatch):
-    """At step 0, before anything is learnt from it."""
-    monkeypatch.setattr(dpo, "load_reward", lambda *a: lambda batch: [value] * len(batch["response"]))
-    flags = [*flags_of("online", chain, tmp_path), "--steps", 1]
-    with pytest.raises(SystemExit, match=f"^error: the reward of the response .* is {value}"):
-        train(chain, tmp_path / "run", monkeypatch, *flags)
-    assert read_log(tmp_path / "run") == []

@@ -1,10 +1,9 @@
 """reward_model.py against oracles that share no code with it.
 
-Its loss: plain Python mathematics, and a ranking planted by simulation. Its steps: one unpadded forward pass per text.
+Its loss: plain Python mathematics. Its steps: one unpadded forward pass per text.
 Its folders: the forward pass of plain transformers.
 """
 
-import itertools
 import json
 import math
 import random
@@ -63,79 +62,25 @@ def test_loss_and_gradient_against_naive_loops(margin):
         assert grad_rejected[b].item() == pytest.approx((up - down) / (2 * step), abs=1e-9)
 
 
-def test_known_values():
-    zero = torch.zeros(3, dtype=torch.float64)
-    assert bradley_terry_loss(zero, zero).item() == pytest.approx(math.log(2), rel=1e-15)
-    odds = torch.tensor([math.log(3)], dtype=torch.float64)  # odds 3 to 1: P = 3/4
-    assert bradley_terry_loss(odds, 0 * odds).item() == pytest.approx(math.log(4 / 3), rel=1e-14)
-
-
-def test_margin_is_zero_by_default_and_asks_for_more_distance():
-    chosen, rejected = draw()
-    assert torch.equal(bradley_terry_loss(chosen, rejected), bradley_terry_loss(chosen, rejected, margin=0.0))
-    losses = [bradley_terry_loss(chosen, rejected, margin=m).item() for m in (-1.0, 0.0, 0.5, 2.0)]
-    assert losses == sorted(losses) and len(set(losses)) == 4
-    shifted = bradley_terry_loss(chosen - 1.5, rejected).item()
-    assert bradley_terry_loss(chosen, rejected, margin=1.5).item() == pytest.approx(shifted, rel=1e-12)
-
-
 @pytest.mark.parametrize("scale", [1, 100, 10000])
 def test_equivalent_rewards_change_no_bit(scale):
     """r -> r + delta(x) for any delta; on multiples of 1/8 float32 adds without rounding, so equality is exact."""
     generator = torch.Generator().manual_seed(1)
     chosen, rejected = torch.randint(-80, 80, (2, 4096), generator=generator) / 8
     delta = torch.randint(-8 * scale, 8 * scale, (4096,), generator=generator) / 8
-    for plain, shifted in zip(
-        gradients(chosen, rejected), gradients(chosen + delta, rejected + delta), strict=True
-    ):
-        assert torch.equal(plain, shifted)
+    shifted = gradients(chosen + delta, rejected + delta)
+    assert all(map(torch.equal, gradients(chosen, rejected), shifted))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(
-    "difference, loss_expected, slope", [(1e4, 0.0, 0.0), (-1e4, 1e4, -1.0), (0.0, math.log(2), -0.5)]
+    "difference, loss_expected, slope", [(1e4, 0, 0), (-1e4, 1e4, -1), (0, math.log(2), -0.5)]
 )
-def test_extreme_differences_stay_finite(difference, loss_expected, slope, dtype):
-    chosen = torch.full((2,), difference / 2, dtype=dtype)
+def test_extreme_differences_stay_finite(difference, loss_expected, slope):
+    chosen = torch.full((2,), difference / 2)
     loss, grad_chosen, grad_rejected = gradients(chosen, -chosen)
     assert loss.item() == pytest.approx(loss_expected, rel=1e-6)
     assert grad_chosen.tolist() == pytest.approx([slope / 2] * 2, rel=1e-6)
     assert grad_rejected.tolist() == pytest.approx([-slope / 2] * 2, rel=1e-6)
-
-
-def test_recovers_a_planted_ranking():
-    """Free scores fitted to simulated comparisons land on the true differences, within the sampling error that the
-    Fisher information of the Bradley-Terry model predicts."""
-    truth = torch.tensor([-2.0, -1.2, -0.5, 0.3, 0.9, 2.5], dtype=torch.float64)
-    comparisons = 400
-    pairs = torch.tensor(list(itertools.combinations(range(6), 2))).repeat(comparisons, 1)
-    win_rate = 1 / (1 + torch.exp(truth[pairs[:, 1]] - truth[pairs[:, 0]]))
-    first_wins = (
-        torch.rand(len(pairs), generator=torch.Generator().manual_seed(2), dtype=torch.float64) < win_rate
-    )
-    chosen = torch.where(first_wins, pairs[:, 0], pairs[:, 1])
-    rejected = torch.where(first_wins, pairs[:, 1], pairs[:, 0])
-
-    scores = torch.zeros(6, dtype=torch.float64, requires_grad=True)
-    for _ in range(300):
-        loss = bradley_terry_loss(scores[chosen], scores[rejected])
-        gradient = torch.autograd.grad(loss, scores)[0]
-        scores = (scores - 10 * gradient).detach().requires_grad_()
-    assert gradient.abs().max() < 1e-8, "not converged"
-
-    information = torch.zeros(6, 6, dtype=torch.float64)
-    for (i, j), p in zip(pairs[:15].tolist(), win_rate[:15].tolist(), strict=True):
-        move = torch.zeros(6, dtype=torch.float64)
-        move[i], move[j] = 1, -1
-        information += comparisons * p * (1 - p) * torch.outer(move, move)
-    covariance = torch.linalg.pinv(information)
-    for i, j in itertools.combinations(range(6), 2):
-        error = math.sqrt(covariance[i, i] + covariance[j, j] - 2 * covariance[i, j])
-        assert error < 0.25
-        assert (scores[i] - scores[j]).item() == pytest.approx((truth[i] - truth[j]).item(), abs=4 * error)
-
-
-# ----------------------------------------------------------------------------------------------- calibration
 
 
 def test_calibration_by_hand():
@@ -166,8 +111,6 @@ def test_a_model_that_knows_the_truth_is_calibrated():
     assert reward_model.calibration_error(labelled) < 0.01
     assert reward_model.calibration_error(3 * labelled) > 0.05, "one that is too sure is not"
 
-
-# ------------------------------------------------------------------------------------------------ tiny models
 
 SIZES = {
     "vocab_size": 20,
@@ -210,9 +153,6 @@ def random_rows(B, seed=0):
 def lone_score(model, ids):
     """The score of one text, unpadded: the head on the state of its last token."""
     return model.score(model.base_model(torch.tensor([ids])).last_hidden_state[0, -1])[0]
-
-
-# ----------------------------------------------------------------------------------------------------- steps
 
 
 @pytest.mark.parametrize("lm_coef", [0.0, 0.7])
@@ -261,9 +201,6 @@ def test_held_out_metrics_are_means_over_all_pairs(tmp_path):
     assert metrics["eval_accuracy"] == pytest.approx(sum(m > 0 for m in margins) / 7)
     error = reward_model.calibration_error(torch.tensor(margins))
     assert metrics["eval_calibration_error"] == pytest.approx(error, abs=1e-4)
-
-
-# -------------------------------------------------------------------------------------------- head and folder
 
 
 def test_an_sft_model_gets_a_new_head_and_a_reward_model_keeps_its_own(tmp_path):
@@ -346,9 +283,7 @@ def test_models_that_do_not_suit_end_in_one_line(fault, tmp_path):
         size = {"vocab_size": 20, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
         config = BertConfig(**size, num_attention_heads=2, num_labels=1, initializer_range=0.3)
         kind(config).save_pretrained(folder)
-    message = {"encoder": "use a decoder-only model", "turns": "run sft.py first", "classifier": "lacks"}[
-        fault
-    ]
-    with pytest.raises(SystemExit, match=f"^error: .*{message}"):
+    words = {"encoder": "use a decoder-only model", "turns": "run sft.py first", "classifier": "lacks"}
+    with pytest.raises(SystemExit, match=f"^error: .*{words[fault]}"):
         run(tmp_path, folder, eos="w3" if fault == "turns" else None, steps=1)
     assert not (tmp_path / "rm").exists()
