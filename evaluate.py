@@ -136,8 +136,8 @@ def load_tokenizer(args):
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # safe: masks do not depend on it
     eos, record = tokenizer.eos_token, Path(args.dataset, "data.json")  # data.py writes this file
     end = json.loads(record.read_text())["eos_token"] if record.exists() else eos
-    check(len(tokenizer) > 1, f"{args.model} has no tokenizer files; add them, or give another model")
-    check(eos and eos == end, f"{args.model} has EOS {eos!r}, {args.dataset} has {end!r}; run sft.py first")
+    suitable = eos == end and eos and len(tokenizer) > 1  # GPT-2's has length 1 if its files are missing
+    check(suitable, f"{args.model} has EOS {eos!r}, {args.dataset} has {end!r}; run sft.py first")
     return tokenizer
 
 
@@ -191,6 +191,8 @@ def load_reward(tokenizer, args):
     model = load_model(AutoModelForSequenceClassification, args.reward_model, tokenizer, args, num_labels=1)
     matches = AutoTokenizer.from_pretrained(args.reward_model).get_vocab() == tokenizer.get_vocab()
     check(matches, f"{args.reward_model} has another tokenizer; see 'Your own reward' in README.md")
+    num_ids = transformers.AutoConfig.from_pretrained(args.model).vocab_size  # that the policy can sample
+    check(num_ids <= model.config.vocab_size, f"{args.reward_model} needs {num_ids} embeddings; resize them")
     model.requires_grad_(False)
     return lambda batch: read_score(model, **token_rows(batch, slice(None)))
 

@@ -17,9 +17,8 @@ Read "the mathematics" first, then update_models and train_step at the end. ALGO
 [Secrets] (Zheng et al. 2023, 2307.04964); --preset ppo_max is its recipe. [GAE] is 1506.02438, [KL] Ziegler
 et al. 2019, 1909.08593, and [N+] Huang et al. 2024, 2403.17031.
 
-Departures: KL(pi_old || pi) is estimated from the sampled tokens. Advantages are whitened over the rollout,
-not over each minibatch. The ptx term uses demonstrations, not pretraining text. Steps that train only the
-critic count as --steps. A response that is cut off before EOS loses --missing_eos_penalty.
+Departures: KL(pi_old || pi) is estimated from samples. Advantages are whitened over the rollout. The ptx term
+uses demonstrations. A response that is cut off before EOS loses --missing_eos_penalty.
 
 Notation: B prompts, K responses per prompt, N = B * K rows, P prompt length, R response length, V vocabulary.
 Prompts are padded on the left and responses on the right. Masks are boolean and True for real tokens. Names
@@ -135,8 +134,7 @@ def token_rewards(score, logp_old_tok, logp_ref_tok, response_mask, beta):
 def gae(reward_tok, value_tok, response_mask, gamma=1.0, lam=0.95):
     """A_t = sum_l (gamma lam)^l delta_{t+l}, where delta_t = r_t + gamma V_{t+1} - V_t [GAE].
 
-    All tensors are (N, R). V is 0 after the end of a response. Returns (advantages, returns), (N, R) each
-    and 0 outside the mask, where returns = A + V. If lam is 1, returns are discounted sums of the rewards.
+    All tensors are (N, R). V is 0 after the end. Returns (advantages, returns = A + V), 0 outside the mask.
     """
     reward, value = (x.masked_fill(~response_mask, 0.0) for x in (reward_tok, value_tok))
     delta = reward + gamma * torch.nn.functional.pad(value[:, 1:], (0, 1)) - value  # (B, R)
@@ -150,13 +148,12 @@ def gae(reward_tok, value_tok, response_mask, gamma=1.0, lam=0.95):
 def importance_ratio(logp_new_tok, logp_old_tok, response_mask):
     """rho_t = pi(y_t) / pi_old(y_t), (N, R) and 1 outside the mask. Returns (rho, approx_kl, stats).
 
-    approx_kl is the mean of rho - 1 - log rho over tokens, an unbiased estimate of KL(pi_old || pi) in nats
-    per token. log rho is clamped to [-20, 20] so that float32 stays finite. No gradient flows beyond that.
+    approx_kl, the mean over tokens of rho - 1 - log rho, estimates KL(pi_old || pi) in nats per token without
+    bias. log rho is clamped to [-20, 20] so that float32 stays finite. No gradient flows beyond that.
     """
     log_ratio = (logp_new_tok - logp_old_tok).masked_fill(~response_mask, 0.0)
-    log_rho = log_ratio.clamp(-20, 20)
-    rho = log_rho.exp()
-    approx_kl = masked_mean(rho - 1 - log_rho, response_mask)
+    rho = log_ratio.clamp(-20, 20).exp()
+    approx_kl = masked_mean(rho - 1 - log_ratio.clamp(-20, 20), response_mask)
     return rho, approx_kl, {"approx_kl": approx_kl.item(), "log_ratio_max": log_ratio.abs().max().item()}
 
 
@@ -279,8 +276,8 @@ def load_tokenizer(args):
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # safe: masks do not depend on it
     eos, record = tokenizer.eos_token, Path(args.dataset, "data.json")  # data.py writes this file
     end = json.loads(record.read_text())["eos_token"] if record.exists() else eos
-    check(len(tokenizer) > 1, f"{args.model} has no tokenizer files; add them, or give another model")
-    check(eos and eos == end, f"{args.model} has EOS {eos!r}, {args.dataset} has {end!r}; run sft.py first")
+    suitable = eos == end and eos and len(tokenizer) > 1  # GPT-2's has length 1 if its files are missing
+    check(suitable, f"{args.model} has EOS {eos!r}, {args.dataset} has {end!r}; run sft.py first")
     return tokenizer
 
 
@@ -353,6 +350,8 @@ def load_reward(tokenizer, args):
     model = load_model(AutoModelForSequenceClassification, args.reward_model, tokenizer, args, num_labels=1)
     matches = AutoTokenizer.from_pretrained(args.reward_model).get_vocab() == tokenizer.get_vocab()
     check(matches, f"{args.reward_model} has another tokenizer; see 'Your own reward' in README.md")
+    num_ids = transformers.AutoConfig.from_pretrained(args.model).vocab_size  # that the policy can sample
+    check(num_ids <= model.config.vocab_size, f"{args.reward_model} needs {num_ids} embeddings; resize them")
     model.requires_grad_(False)
     return lambda batch: read_score(model, **token_rows(batch, slice(None)))
 
@@ -478,10 +477,11 @@ def open_run(model, optimizer, args):
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
     folder.mkdir(parents=True, exist_ok=True)
-    begun = (folder / "args.json").exists() and not (args.resume or args.overwrite)
-    check(not begun, f"another run has just begun in {folder}; give another --output_dir")
-    with open(folder / "args.json", "w" if args.resume or args.overwrite else "x") as file:
-        json.dump({"args": vars(args)}, file, indent=2)
+    try:
+        with open(folder / "args.json", "w" if args.resume or args.overwrite else "x") as file:
+            json.dump({"args": vars(args)}, file, indent=2)
+    except FileExistsError:
+        sys.exit(f"error: another run has just begun in {folder}; give another --output_dir")
     old_files = [] if checkpoint["step"] >= 0 else ["checkpoint.pt", "config.json", "samples_*.jsonl"]
     for pattern in [*old_files, "**/.tmp*"]:  # a kill while safetensors writes leaves .tmp files
         for file in folder.glob(pattern):
@@ -586,10 +586,10 @@ def train_step(step, beta, models, critic, optimizer, normalizer, prompts, ptx_r
     advantages = advantages.clamp(-args.advantage_clip, args.advantage_clip)
     batch |= {"value_old_tok": value, "advantages": advantages.float(), "returns": returns.float()}
     # 3. Maximize the clipped objective and fit the critic to the returns for some epochs of minibatches.
-    updates, data = [], (ptx_rows, tokenizer, args)
+    updates, settings = [], (ptx_rows, tokenizer, args)
     for _ in range(args.epochs):
         for minibatch in torch.randperm(B).split(args.minibatch_size):
-            updates.append(update_models(policy, critic, optimizer, batch, minibatch, *data))
+            updates.append(update_models(policy, critic, optimizer, batch, minibatch, *settings))
     # 4. Report the metrics.
     metrics |= {name: sum(update[name] for update in updates) / len(updates) for name in updates[0]}
     metrics["log_ratio_max"] = max(update["log_ratio_max"] for update in updates)

@@ -144,8 +144,8 @@ def load_tokenizer(args):
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # safe: masks do not depend on it
     eos, record = tokenizer.eos_token, Path(args.dataset, "data.json")  # data.py writes this file
     end = json.loads(record.read_text())["eos_token"] if record.exists() else eos
-    check(len(tokenizer) > 1, f"{args.model} has no tokenizer files; add them, or give another model")
-    check(eos and eos == end, f"{args.model} has EOS {eos!r}, {args.dataset} has {end!r}; run sft.py first")
+    suitable = eos == end and eos and len(tokenizer) > 1  # GPT-2's has length 1 if its files are missing
+    check(suitable, f"{args.model} has EOS {eos!r}, {args.dataset} has {end!r}; run sft.py first")
     return tokenizer
 
 
@@ -297,10 +297,11 @@ def open_run(model, optimizer, args):
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
     folder.mkdir(parents=True, exist_ok=True)
-    begun = (folder / "args.json").exists() and not (args.resume or args.overwrite)
-    check(not begun, f"another run has just begun in {folder}; give another --output_dir")
-    with open(folder / "args.json", "w" if args.resume or args.overwrite else "x") as file:
-        json.dump({"args": vars(args)}, file, indent=2)
+    try:
+        with open(folder / "args.json", "w" if args.resume or args.overwrite else "x") as file:
+            json.dump({"args": vars(args)}, file, indent=2)
+    except FileExistsError:
+        sys.exit(f"error: another run has just begun in {folder}; give another --output_dir")
     old_files = [] if checkpoint["step"] >= 0 else ["checkpoint.pt", "config.json", "samples_*.jsonl"]
     for pattern in [*old_files, "**/.tmp*"]:  # a kill while safetensors writes leaves .tmp files
         for file in folder.glob(pattern):

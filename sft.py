@@ -251,10 +251,11 @@ def open_run(model, optimizer, args):
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
     folder.mkdir(parents=True, exist_ok=True)
-    begun = (folder / "args.json").exists() and not (args.resume or args.overwrite)
-    check(not begun, f"another run has just begun in {folder}; give another --output_dir")
-    with open(folder / "args.json", "w" if args.resume or args.overwrite else "x") as file:
-        json.dump({"args": vars(args)}, file, indent=2)
+    try:
+        with open(folder / "args.json", "w" if args.resume or args.overwrite else "x") as file:
+            json.dump({"args": vars(args)}, file, indent=2)
+    except FileExistsError:
+        sys.exit(f"error: another run has just begun in {folder}; give another --output_dir")
     old_files = [] if checkpoint["step"] >= 0 else ["checkpoint.pt", "config.json", "samples_*.jsonl"]
     for pattern in [*old_files, "**/.tmp*"]:  # a kill while safetensors writes leaves .tmp files
         for file in folder.glob(pattern):

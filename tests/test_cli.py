@@ -128,6 +128,7 @@ CASES = [
     case("nothing held out", ["no_held_out", "validation", "data.py"], dataset="no_held_out"),
     case("dialogues", ["dialogues", "'prompt'", "data.py"], dataset="dialogues"),
     case("prompts, not demonstrations", ["'completion'", "data.py"], ("sft",), dataset="only_prompts"),
+    case("fewer embeddings than the policy", ["embeddings"], PROMPTS, model="many_rows")
     case("prompts, not pairs", ["'chosen', 'rejected'", "data.py"], PAIRS, dataset="only_prompts"),
     case("prompts too long", ["--prompt_length 16"], dataset="long_prompts"),
     case("responses too long", ["--response_length"], ("sft", *PAIRS), dataset="long_responses"),
