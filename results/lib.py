@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "out/results"
 BLOCK = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.S)  # of a README, generated
 BETA = 0.5
-TRL = "results/relatives/train_with_trl.py"  # it runs where trl can be imported
+TRL = "results/train_with_trl.py"  # it runs where trl can be imported
 rcParams |= {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25}
 
 

@@ -1,7 +1,7 @@
 """RLOO, GRPO and Dr. GRPO of TRL on the work of p3o.py: its model, reward, prompts, lengths and optimizer.
 
     pip install -r requirements.txt -r examples/requirements.txt
-    python results/relatives/train_with_trl.py --method grpo --output_dir out/grpo    after the quick start
+    python results/train_with_trl.py --method grpo --output_dir out/grpo    after the quick start
 
 It takes the flags of p3o.py and --method, and writes a run folder that evaluate.py reads. The clip, the
 advantages and the place of the KL are TRL's own. --resume, --clipping and --max_importance_weight are
@@ -22,7 +22,7 @@ from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import p3o  # noqa: E402
 
 OPTIONS = {  # what makes the three methods out of TRL's two trainers
