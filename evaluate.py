@@ -4,7 +4,7 @@ The responses go into one file, answers.jsonl, with everything that a model has 
 frontier.py and judge.py read that file.
 
     python evaluate.py [RUN ...] [--flag value ...]    # without a RUN it evaluates all runs in out/
-    python evaluate.py              # after the quick start: 0.6 minutes on two CPU cores; it ends with
+    python evaluate.py              # a minute on one CPU core, after the quick start; its last line:
     out/evaluation/answers.jsonl: 10240 responses of sft, p3o to 32 prompts
 
 The first line of answers.jsonl holds the settings. Each other line holds one response:

@@ -5,8 +5,8 @@ data determine a reward only up to an offset per prompt. In the differences that
 no critic to learn it.
 
     python toy.py && python sft.py && python reward_model.py    # the stages before this one
-    python p3o.py                                               # 0.4 minutes on two CPU cores; last line:
-    out/p3o, step 60: gain 1.97 over the SFT model, reward 2.104 at KL 1.26 nats/response on held-out prompts
+    python p3o.py                                               # a minute on one CPU core; its last line:
+    out/p3o, step 60: gain 2.03 over the SFT model, reward 2.104 at KL 1.26 nats/response on held-out prompts
 
     trajectory reward         R = r - beta log(pi_old / pi_SFT)             trajectory_reward
     pairwise policy gradient  E[(R1 - R2) grad log(pi(y1) / pi(y2))] / 2    pairwise_policy_gradient_loss

@@ -1,7 +1,7 @@
 """The Bradley-Terry reward model: from pairs of responses it learns to score the preferred one higher.
 
     python sft.py             # the stage before, whose model is the start of the reward model
-    python reward_model.py    # 0.6 minutes on two CPU cores; it ends with
+    python reward_model.py    # a minute on one CPU core; its last line:
     out/reward_model, step 625: accuracy 0.828, calibration error 0.024 on 1000 held-out pairs
 
     P(y_w > y_l | x) = sigmoid(r(x, y_w) - r(x, y_l)),    L = -E log P    bradley_terry_loss

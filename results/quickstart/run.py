@@ -33,10 +33,12 @@ def run_all(args):
     lines, start = [], time.perf_counter()
     for script in (*CHAIN, *OTHERS):
         command = [sys.executable, str(lib.ROOT / script)]
+        begin = time.perf_counter()
         done = subprocess.run(command, cwd=folder, env=os.environ, capture_output=True, text=True)
         if done.returncode:
             sys.exit(f"error: {script} failed; it said: {done.stderr[-600:]}")
         lines.append({"command": f"python {script}", "said": done.stdout.splitlines()} | lib.origin())
+        lines[-1]["seconds"] = round(time.perf_counter() - begin)
         print(lines[-1]["said"][-1], flush=True)
         if script == CHAIN[-1]:
             lines[0]["chain_seconds"] = round(time.perf_counter() - start)
@@ -58,7 +60,10 @@ def shorten(summary):
 
 def tables(found):
     lines = {line["command"]: line for line in found.points}
-    said = [{"command": f"`{x}`", "what it says in the end": line["said"][-1]} for x, line in lines.items()]
+    said = [
+        {"command": f"`{x}`", "seconds": line["seconds"], "what it says in the end": line["said"][-1]}
+        for x, line in lines.items()
+    ]
     policies = lines["python frontier.py"]["policies"]
     names = dict(zip(("gain", "true gain", "KL", "share of the best"), KEPT[1:]))
     row = {"policy": "P3O"} | {title: tuple(policies["p3o"][x]) for title, x in names.items()}
