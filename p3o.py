@@ -14,12 +14,12 @@ no critic to learn it.
     P3O-V2                    log(pi(y1) / pi(y2)) is clipped               p3o_loss(clipping="joint")
 
 Read "the mathematics" first, then update_policy and train_step at the end. ALGORITHM.md derives the losses.
-Departures from the paper: K > 2 responses form K (K - 1) / 2 pairs. V2 clips a shifted quantity; p3o_loss
-explains it. A response that is cut off before EOS loses --missing_eos_penalty.
+Departures, all explained in ALGORITHM.md: all pairs of K > 2 responses, the shift of V2's d, the clamp of log
+rho, and --missing_eos_penalty, which a response loses if it is cut off before EOS.
 
 Notation: B prompts, K responses per prompt, N = B * K rows, P prompt length, R response length, V vocabulary.
-Prompts are padded on the left and responses on the right. Masks are boolean and True for real tokens. `score`
-is the paper's r and `reward` is its R, except in logs and samples, where "reward" is the score.
+Prompts are padded on the left and responses on the right. Masks are boolean and True for real tokens. In
+p3o_loss and train_step `reward` is the paper's R; elsewhere "reward" is its r, the `score`.
 """
 
 import json
@@ -52,10 +52,10 @@ class Args:
     device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1, ...")
     dtype: Literal["float32", "bfloat16"] = flag("float32", "bfloat16 is autocast: weights stay in float32")
     learning_rate: float = flag(3e-4, "Adam's rate, which falls linearly; 1e-6 to 3e-5 for pretrained models")
-    steps: int = flag(60, "number of rollouts; if --resume raises it, the learning rate jumps up")
-    prompts_per_step: int = flag(64, "B, prompts per rollout")
+    steps: int = flag(60, "number of training steps; to raise it with --resume raises the learning rate")
+    prompts_per_step: int = flag(64, "B, prompts to sample responses to in each step")
     num_responses: int = flag(2, "K, responses per prompt; all K (K - 1) / 2 pairs are used")
-    epochs: int = flag(2, "passes over each rollout, usually 1 to 4")
+    epochs: int = flag(2, "passes over the responses of a step, usually 1 to 4")
     minibatch_size: int = flag(32, "prompts per optimizer step, each with all its responses")
     micro_batch_size: int = flag(32, "prompts per forward and backward pass; a lower number saves memory")
     beta: float = flag(0.5, "weight of the KL to the SFT model; 0.05 for HH-RLHF in the authors' code")
@@ -71,7 +71,7 @@ class Args:
     eval_every: int = flag(20, "steps between evaluations; there is one at step 0 and at the end")
     eval_prompts: int = flag(256, "number of held-out prompts to evaluate on")
     save_every: int = flag(20, "steps between checkpoints; there is one at step 0 and at the end")
-    resume: bool = flag(False, "continue from the last checkpoint in output_dir, with the same flags")
+    resume: bool = flag(False, "continue from the last checkpoint; most flags must stay the same")
     overwrite: bool = flag(False, "start again in an output_dir that already holds a run")
 
 
@@ -123,11 +123,11 @@ def p3o_loss(
     i, j = torch.triu_indices(reward.shape[1], reward.shape[1], offset=1, device=reward.device)  # pairs i < j
     difference = (reward[:, i] - reward[:, j]).detach().to(logp_new_seq.dtype)  # R_i - R_j: (B, pairs)
     log_rho = (logp_new_seq - logp_old_seq).clamp(-20, 20)  # (B, K)
-    log_c = math.log(max_importance_weight or math.inf)
+    log_c = math.log(max_importance_weight or math.inf)  # None: no clamp
     if clipping == "separate":
         weight = log_rho.detach().clamp(-log_c, log_c).exp()  # (B, K)
         advantage = torch.cat([difference * weight[:, j], -difference * weight[:, i]], 1)  # A: (B, 2 pairs)
-        rho = log_rho[:, torch.cat([i, j])].exp()
+        rho = log_rho[:, torch.cat([i, j])].exp()  # no / 2: the mean is over two terms per pair
         unclipped, clipped = advantage * rho, advantage * rho.clamp(1 - clip_range, 1 + clip_range)
     else:
         weight = (log_rho[:, i] + log_rho[:, j]).detach().clamp(-log_c, log_c).exp()  # (B, pairs)
@@ -136,7 +136,7 @@ def p3o_loss(
         unclipped, clipped = w * d / 2, w * d.clamp(-clip_range, clip_range) / 2
     stats = {"clip_fraction": (clipped < unclipped).float().mean().item()}
     stats["log_ratio_max"] = (logp_new_seq - logp_old_seq).detach().abs().max().item()
-    return -torch.minimum(unclipped, clipped).mean(), stats  # V1: the mean over two terms is its 1/2
+    return -torch.minimum(unclipped, clipped).mean(), stats
 
 
 # -------------------------------------------------------------------------------------- tokens and log-probs
@@ -166,7 +166,7 @@ def read_score(model, prompt_ids, prompt_mask, response_ids, response_mask):
     hidden = model.base_model(**inputs, use_cache=False).last_hidden_state.float()  # (N, P + R, D)
     with torch.autocast(hidden.device.type, enabled=False):  # a bfloat16 head would round scores by up to 1%
         scores = model.score(hidden[:, prompt_ids.shape[1] - 1 :]).squeeze(-1)  # (N, 1 + R)
-    return scores.gather(1, response_mask.sum(1, keepdim=True)).squeeze(1)  # not by pad id, which may be EOS
+    return scores.gather(1, response_mask.sum(1, keepdim=True)).squeeze(1)  # counts, as the pad id may be EOS
 
 
 def token_rows(batch, rows):
@@ -188,7 +188,7 @@ def load_tokenizer(args):
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # safe: masks do not depend on it
     eos, record = tokenizer.eos_token, Path(args.dataset, "data.json")  # data.py writes this file
     end = json.loads(record.read_text())["eos_token"] if record.exists() else eos
-    suitable = eos == end and eos and len(tokenizer) > 1  # GPT-2's has length 1 if its files are missing
+    suitable = eos == end and eos and len(tokenizer) > 1  # without files, GPT-2's has 1 token
     check(suitable, f"{args.model} has EOS {eos!r}, {args.dataset} has {end!r}; run sft.py first")
     return tokenizer
 
@@ -242,7 +242,7 @@ def load_reward(tokenizer, args):
     model = load_model(AutoModelForSequenceClassification, args.reward_model, tokenizer, args, num_labels=1)
     matches = AutoTokenizer.from_pretrained(args.reward_model).get_vocab() == tokenizer.get_vocab()
     check(matches, f"{args.reward_model} has another tokenizer; see 'Your own reward' in README.md")
-    num_ids = transformers.AutoConfig.from_pretrained(args.model).vocab_size  # that the policy can sample
+    num_ids = transformers.AutoConfig.from_pretrained(args.model).vocab_size  # ids the policy can sample
     check(num_ids <= model.config.vocab_size, f"{args.reward_model} needs {num_ids} embeddings; resize them")
     model.requires_grad_(False)
     return lambda batch: read_score(model, **token_rows(batch, slice(None)))
@@ -341,13 +341,13 @@ def check_args(args, may_be_zero):
         inside = names_input and Path(value).resolve().is_relative_to(folder.resolve())
         check(not inside, f"--{name} lies inside --output_dir; give another --output_dir")
     check(folder.is_dir() or not os.path.lexists(folder), f"{folder} is no folder; give another --output_dir")
-    is_run = (folder / "args.json").exists() and args.resume != args.overwrite
+    is_run = (folder / "args.json").exists() and args.resume != args.overwrite  # exactly one of the two
     free = is_run or not any(folder.glob("*"))
     check(free, f"{folder} is not empty; --resume or --overwrite its run, or give another --output_dir")
 
 
 def open_run(model, optimizer, args):
-    """Claims the output folder. Returns the checkpoint to --resume from, or a new one whose step is -1."""
+    """Claims the output folder. Returns the checkpoint to --resume from; its step is -1 if there is none."""
     folder, checkpoint = Path(args.output_dir), {"step": -1, "log_size": 0}
     if args.resume and (folder / "checkpoint.pt").exists():
         checkpoint = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
@@ -403,7 +403,7 @@ def update_policy(policy, optimizer, batch, reward, minibatch, args):
         (loss * share).backward()
         metrics["loss"] += loss.item() * share
         metrics["clip_fraction"] += stats["clip_fraction"] * share
-        log_ratio_max = (logp_new_seq - logp_old_seq).abs().max().item()
+        log_ratio_max = (logp_new_seq - logp_old_seq).abs().max().item()  # also for clipping none
         metrics["log_ratio_max"] = max(metrics["log_ratio_max"], log_ratio_max)
     metrics["grad_norm"] = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm).item()
     finite = math.isfinite(metrics["loss"] + metrics["grad_norm"])
@@ -423,7 +423,7 @@ def train_step(step, policy, reference, reward_function, optimizer, prompts, off
     batch = sample_batch(policy, [prompts[number] for number in numbers], K, tokenizer, args)
     # 2. Compute the trajectory rewards.
     score_batch(batch, policy, reference, reward_function, args)
-    score = batch["score"].view(B, K) + offset[numbers]
+    score = batch["score"].view(B, K) + offset[numbers]  # the offset is 0 without --reward_shift
     logp_old_seq, logp_ref_seq = (batch[name].sum(1).view(B, K) for name in ("logp_old_tok", "logp_ref_tok"))
     reward = trajectory_reward(score, logp_old_seq, logp_ref_seq, args.beta)  # (B, K)
     # 3. Maximize the pairwise objective for some epochs of minibatches.

@@ -90,7 +90,7 @@ class Args:
     eval_every: int = flag(20, "steps between evaluations; there is one at step 0 and at the end")
     eval_prompts: int = flag(256, "number of held-out prompts to evaluate on")
     save_every: int = flag(20, "steps between checkpoints; there is one at step 0 and at the end")
-    resume: bool = flag(False, "continue from the last checkpoint in output_dir, with the same flags")
+    resume: bool = flag(False, "continue from the last checkpoint; most flags must stay the same")
     overwrite: bool = flag(False, "start again in an output_dir that already holds a run")
 
 
@@ -246,7 +246,7 @@ def read_score(model, prompt_ids, prompt_mask, response_ids, response_mask):
     hidden = model.base_model(**inputs, use_cache=False).last_hidden_state.float()  # (N, P + R, D)
     with torch.autocast(hidden.device.type, enabled=False):  # a bfloat16 head would round scores by up to 1%
         scores = model.score(hidden[:, prompt_ids.shape[1] - 1 :]).squeeze(-1)  # (N, 1 + R)
-    return scores.gather(1, response_mask.sum(1, keepdim=True)).squeeze(1)  # not by pad id, which may be EOS
+    return scores.gather(1, response_mask.sum(1, keepdim=True)).squeeze(1)  # counts, as the pad id may be EOS
 
 
 def read_values(model, prompt_ids, prompt_mask, response_ids, response_mask):
@@ -276,7 +276,7 @@ def load_tokenizer(args):
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # safe: masks do not depend on it
     eos, record = tokenizer.eos_token, Path(args.dataset, "data.json")  # data.py writes this file
     end = json.loads(record.read_text())["eos_token"] if record.exists() else eos
-    suitable = eos == end and eos and len(tokenizer) > 1  # GPT-2's has length 1 if its files are missing
+    suitable = eos == end and eos and len(tokenizer) > 1  # without files, GPT-2's has 1 token
     check(suitable, f"{args.model} has EOS {eos!r}, {args.dataset} has {end!r}; run sft.py first")
     return tokenizer
 
@@ -350,7 +350,7 @@ def load_reward(tokenizer, args):
     model = load_model(AutoModelForSequenceClassification, args.reward_model, tokenizer, args, num_labels=1)
     matches = AutoTokenizer.from_pretrained(args.reward_model).get_vocab() == tokenizer.get_vocab()
     check(matches, f"{args.reward_model} has another tokenizer; see 'Your own reward' in README.md")
-    num_ids = transformers.AutoConfig.from_pretrained(args.model).vocab_size  # that the policy can sample
+    num_ids = transformers.AutoConfig.from_pretrained(args.model).vocab_size  # ids the policy can sample
     check(num_ids <= model.config.vocab_size, f"{args.reward_model} needs {num_ids} embeddings; resize them")
     model.requires_grad_(False)
     return lambda batch: read_score(model, **token_rows(batch, slice(None)))
@@ -459,13 +459,13 @@ def check_args(args, may_be_zero):
         inside = names_input and Path(value).resolve().is_relative_to(folder.resolve())
         check(not inside, f"--{name} lies inside --output_dir; give another --output_dir")
     check(folder.is_dir() or not os.path.lexists(folder), f"{folder} is no folder; give another --output_dir")
-    is_run = (folder / "args.json").exists() and args.resume != args.overwrite
+    is_run = (folder / "args.json").exists() and args.resume != args.overwrite  # exactly one of the two
     free = is_run or not any(folder.glob("*"))
     check(free, f"{folder} is not empty; --resume or --overwrite its run, or give another --output_dir")
 
 
 def open_run(model, optimizer, args):
-    """Claims the output folder. Returns the checkpoint to --resume from, or a new one whose step is -1."""
+    """Claims the output folder. Returns the checkpoint to --resume from; its step is -1 if there is none."""
     folder, checkpoint = Path(args.output_dir), {"step": -1, "log_size": 0}
     if args.resume and (folder / "checkpoint.pt").exists():
         checkpoint = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)

@@ -59,7 +59,7 @@ class Args:
     eval_every: int = flag(125, "steps between evaluations; there is one at step 0 and at the end")
     eval_rows: int = flag(1000, "number of held-out pairs to evaluate on")
     save_every: int = flag(100, "steps between checkpoints; there is one at step 0 and at the end")
-    resume: bool = flag(False, "continue from the last checkpoint in output_dir, with the same flags")
+    resume: bool = flag(False, "continue from the last checkpoint; most flags must stay the same")
     overwrite: bool = flag(False, "start again in an output_dir that already holds a run")
 
 
@@ -128,7 +128,7 @@ def read_score(model, prompt_ids, prompt_mask, response_ids, response_mask):
     hidden = model.base_model(**inputs, use_cache=False).last_hidden_state.float()  # (N, P + R, D)
     with torch.autocast(hidden.device.type, enabled=False):  # a bfloat16 head would round scores by up to 1%
         scores = model.score(hidden[:, prompt_ids.shape[1] - 1 :]).squeeze(-1)  # (N, 1 + R)
-    return scores.gather(1, response_mask.sum(1, keepdim=True)).squeeze(1)  # not by pad id, which may be EOS
+    return scores.gather(1, response_mask.sum(1, keepdim=True)).squeeze(1)  # counts, as the pad id may be EOS
 
 
 # ------------------------------------------------------------------------------------------- data and models
@@ -144,7 +144,7 @@ def load_tokenizer(args):
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # safe: masks do not depend on it
     eos, record = tokenizer.eos_token, Path(args.dataset, "data.json")  # data.py writes this file
     end = json.loads(record.read_text())["eos_token"] if record.exists() else eos
-    suitable = eos == end and eos and len(tokenizer) > 1  # GPT-2's has length 1 if its files are missing
+    suitable = eos == end and eos and len(tokenizer) > 1  # without files, GPT-2's has 1 token
     check(suitable, f"{args.model} has EOS {eos!r}, {args.dataset} has {end!r}; run sft.py first")
     return tokenizer
 
@@ -279,13 +279,13 @@ def check_args(args, may_be_zero):
         inside = names_input and Path(value).resolve().is_relative_to(folder.resolve())
         check(not inside, f"--{name} lies inside --output_dir; give another --output_dir")
     check(folder.is_dir() or not os.path.lexists(folder), f"{folder} is no folder; give another --output_dir")
-    is_run = (folder / "args.json").exists() and args.resume != args.overwrite
+    is_run = (folder / "args.json").exists() and args.resume != args.overwrite  # exactly one of the two
     free = is_run or not any(folder.glob("*"))
     check(free, f"{folder} is not empty; --resume or --overwrite its run, or give another --output_dir")
 
 
 def open_run(model, optimizer, args):
-    """Claims the output folder. Returns the checkpoint to --resume from, or a new one whose step is -1."""
+    """Claims the output folder. Returns the checkpoint to --resume from; its step is -1 if there is none."""
     folder, checkpoint = Path(args.output_dir), {"step": -1, "log_size": 0}
     if args.resume and (folder / "checkpoint.pt").exists():
         checkpoint = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)

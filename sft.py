@@ -56,7 +56,7 @@ class Args:
     eval_every: int = flag(250, "steps between evaluations; there is one at step 0 and at the end")
     eval_rows: int = flag(500, "number of held-out rows to evaluate on")
     save_every: int = flag(100, "steps between checkpoints; there is one at step 0 and at the end")
-    resume: bool = flag(False, "continue from the last checkpoint in output_dir, with the same flags")
+    resume: bool = flag(False, "continue from the last checkpoint; most flags must stay the same")
     overwrite: bool = flag(False, "start again in an output_dir that already holds a run")
 
 
@@ -233,13 +233,13 @@ def check_args(args, may_be_zero):
         inside = names_input and Path(value).resolve().is_relative_to(folder.resolve())
         check(not inside, f"--{name} lies inside --output_dir; give another --output_dir")
     check(folder.is_dir() or not os.path.lexists(folder), f"{folder} is no folder; give another --output_dir")
-    is_run = (folder / "args.json").exists() and args.resume != args.overwrite
+    is_run = (folder / "args.json").exists() and args.resume != args.overwrite  # exactly one of the two
     free = is_run or not any(folder.glob("*"))
     check(free, f"{folder} is not empty; --resume or --overwrite its run, or give another --output_dir")
 
 
 def open_run(model, optimizer, args):
-    """Claims the output folder. Returns the checkpoint to --resume from, or a new one whose step is -1."""
+    """Claims the output folder. Returns the checkpoint to --resume from; its step is -1 if there is none."""
     folder, checkpoint = Path(args.output_dir), {"step": -1, "log_size": 0}
     if args.resume and (folder / "checkpoint.pt").exists():
         checkpoint = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
