@@ -36,7 +36,7 @@ class Method:
     """How a method is trained and drawn."""
 
     script: str
-    color: str  # of Okabe and Ito's, which every kind of eye can tell apart
+    color: str  # of Okabe and Ito's, or of Tol's, which every kind of eye can tell apart
     learning_rate: float  # the best of a grid that was the same for every method, on seed 0
     flags: dict = field(default_factory=dict)
     data: str = "prompts"  # or "preferences"
