@@ -2,7 +2,6 @@
 
 import ast
 import dataclasses
-import importlib
 import math
 import re
 
@@ -11,11 +10,11 @@ import torch
 from conftest import ROOT
 
 import p3o
+import ppo
 
 TEXT = (ROOT / "ALGORITHM.md").read_text()
 SECTIONS = dict(re.findall(r"^## \d\. ([^\n]+)\n(.*?)(?=^## |\Z)", TEXT, re.S | re.M))
 EXAMPLE = SECTIONS["A worked example"]
-MATH = re.findall(r"\$\$(.+?)\$\$|\$(.+?)\$", TEXT)
 
 
 def rows(section):
@@ -39,9 +38,6 @@ def numbers(label):
 
 def setting(name):
     return float(re.search(rf"\$\\{name} = ([\d.]+)\$", EXAMPLE)[1])
-
-
-# ------------------------------------------------------------------------------------------------ the worked example
 
 
 def tensor(values):
@@ -84,12 +80,10 @@ def test_the_worked_example():
     for label, values in found.items():
         assert NUMBERS[label] == [f"{value + 0.0:.3f}".replace("-0.000", "0.000") for value in values], label
 
-
-def test_an_offset_changes_no_bit_of_the_worked_example():
     added = float(re.search(r"after (\d+) is added", EXAMPLE)[1])
-    reward, found = recomputed(added)
-    assert numbers("$R$ after 100 is added to both scores") == reward
-    assert added == 100 and found == recomputed()[1]
+    reward, shifted = recomputed(added)
+    assert added == 100 and numbers("$R$ after 100 is added to both scores") == reward
+    assert all(shifted[label] == values for label, values in found.items()), "an offset changes no bit"
 
 
 def test_the_arithmetic_in_the_text_of_the_worked_example():
@@ -103,14 +97,6 @@ def test_the_arithmetic_in_the_text_of_the_worked_example():
         long = set(re.findall(r"\d+\.\d{3}", left))
         assert long <= known, f"{long - known} is in no table and the result of no sum before"
         known.add(right.lstrip("-"))
-    beta, eps, (start, a, b) = setting("beta"), setting("varepsilon"), numbers("V2: $d$")
-    gained = beta * (numbers(r"$\log \pi_{\text{SFT}}$")[1] - numbers(r"$\log \pi_{\text{old}}$")[1])
-    assert start == 0 and f"is less likely and gains {gained:g}." in EXAMPLE
-    assert f"between {1 - eps:g} and {1 + eps:g}, so V1" in EXAMPLE and f"$d = {a:g}$ is above" in EXAMPLE
-    assert f"V2 takes {eps:g} in the place" in EXAMPLE and f"apart by only {b:g}," in EXAMPLE
-
-
-# ------------------------------------------------------------------------------------------------ what the text names
 
 
 def test_every_equation_names_a_function_and_a_test_that_exist():
@@ -126,48 +112,19 @@ def test_every_equation_names_a_function_and_a_test_that_exist():
         assert all(re.search(rf"\b{x}\b", source) for x in named), f"{path} does not mention {named}"
 
 
-def test_every_trick_names_a_function_and_flags_that_exist():
-    import ppo
-
-    fields = {field.name for field in dataclasses.fields(ppo.Args)}
-    table = list(rows(SECTIONS["PPO, its tricks, and PPO-max"]))[1:]
-    assert len(table) >= 12
-    for trick, flags, functions in table:
-        assert set(re.findall(r"--(\w+)", flags)) <= fields and "--" in flags, trick
-        assert set(re.findall(r"`(\w+)`", functions)) <= definitions("ppo.py"), trick
-
-
-def test_flags_and_files_exist():
-    scripts = [importlib.import_module(name) for name in ("p3o", "ppo")]
-    fields = {field.name for script in scripts for field in dataclasses.fields(script.Args)}
+def test_flags_files_tricks_and_the_preset_are_those_of_the_scripts():
+    fields = {field.name for script in (p3o, ppo) for field in dataclasses.fields(script.Args)}
     assert set(re.findall(r"--(\w+)", TEXT)) <= fields
     args = p3o.Args()
     assert (args.max_importance_weight, args.missing_eos_penalty, args.num_responses) == (None, 1, 2)
     assert args.clipping == "joint" and "V2 is the default" in TEXT
     for target in re.findall(r"\]\(([^)]+)\)", TEXT):
         assert target.startswith("https://arxiv.org/abs/") or (ROOT / target).exists(), target
-
-
-def test_ppo_max_is_what_the_preset_sets():
-    import ppo
-
-    preset = ppo.PRESETS["ppo_max"]
-    beta = re.search(r"sets `--beta` to (\d+\.\d+)", TEXT)[1]
-    assert preset["beta"] == float(beta) and not preset["whiten_advantages"] and preset["normalize_reward"]
-    starred = [row for row in rows(SECTIONS["PPO, its tricks, and PPO-max"]) if "*" in row[0]]
-    flags = set(re.findall(r"--(\w+)", str(starred)))
-    assert preset.keys() - {"whiten_advantages"} <= flags
-
-
-def test_equations_hold_nothing_that_github_mangles():
-    """Markdown eats a backslash before punctuation, takes a | for a new cell and < for a tag."""
-    assert len(MATH) > 100
-    for display, inline in MATH:
-        equation = display or inline
-        assert not re.search(r"\\[^a-zA-Z]|[|<>*&]|[})]_", equation), equation
-        assert inline == inline.strip() and equation.count("{") == equation.count("}"), equation
-    lines = TEXT.splitlines()
-    for number, line in enumerate(lines):
-        if line.startswith("$$"):
-            assert line.endswith("$$") and not lines[number - 1] and not lines[number + 1], line
-        assert line.replace("$$", "").count("$") % 2 == 0, line
+    table, preset = list(rows(SECTIONS["PPO, its tricks, and PPO-max"]))[1:], ppo.PRESETS["ppo_max"]
+    assert len(table) >= 12
+    for trick, flags, functions in table:
+        assert "--" in flags and set(re.findall(r"`(\w+)`", functions)) <= definitions("ppo.py"), trick
+    assert preset["beta"] == float(re.search(r"sets `--beta` to (\d+\.\d+)", TEXT)[1])
+    assert not preset["whiten_advantages"] and preset["normalize_reward"]
+    starred = set(re.findall(r"--(\w+)", str([row for row in table if "*" in row[0]])))
+    assert preset.keys() - {"whiten_advantages"} <= starred

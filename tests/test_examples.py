@@ -4,7 +4,6 @@ import importlib.util
 import json
 import os
 import socket
-from pathlib import Path
 
 import conftest
 import pytest
@@ -15,9 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import p3o
 
-EXAMPLE = ROOT / "examples/p3o_distributed.py"
-SMALL = ["--steps", 2, "--prompts_per_step", 8, "--minibatch_size", 4, "--device", "cpu"]
-SMALL += ["--eval_prompts", 4]
+SMALL = "--steps 2 --prompts_per_step 8 --minibatch_size 4 --device cpu --eval_prompts 4".split()
 
 
 def of_rank(rank, world, port, target, *args):
@@ -32,10 +29,8 @@ def in_processes(world, target, *args):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    processes = [
-        conftest.context.Process(target=of_rank, args=(rank, world, port, target, *args))
-        for rank in range(world)
-    ]
+    arguments = [(rank, world, port, target, *args) for rank in range(world)]
+    processes = [conftest.context.Process(target=of_rank, args=given) for given in arguments]
     for process in processes:
         process.start()
     for process in processes:
@@ -49,15 +44,9 @@ def run_example(world, chain, folder):
     return in_processes(world, conftest.child, "examples/p3o_distributed.py", argv, str(chain), str(folder))
 
 
-def read_log(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def load_example():
-    spec = importlib.util.spec_from_file_location("p3o_distributed", EXAMPLE)
-    example = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
-    return example
+spec = importlib.util.spec_from_file_location("p3o_distributed", ROOT / "examples/p3o_distributed.py")
+example = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(example)
 
 
 def test_one_process_gives_the_weights_of_p3o(chain, tmp_path):
@@ -69,9 +58,8 @@ def test_one_process_gives_the_weights_of_p3o(chain, tmp_path):
     assert all(torch.equal(one[name], other[name]) for name in other)
     assert (folders[0] / "samples_2.jsonl").read_bytes() == (folders[1] / "samples_2.jsonl").read_bytes()
     assert not any(torch.equal(one[name], before[name]) for name in before)
-    for row, other_row in zip(*map(read_log, folders[:2]), strict=True):
-        assert row.keys() == other_row.keys()
-        assert all(row[name] == other_row[name] for name in row.keys() - {"seconds"})
+    logs = [[json.loads(line) for line in open(folder / "metrics.jsonl")] for folder in folders[:2]]
+    assert [row | {"seconds": 0} for row in logs[0]] == [row | {"seconds": 0} for row in logs[1]]
 
 
 def update(average_gradients, mine):
@@ -93,12 +81,14 @@ def worker(folder, path):
     os.chdir(folder)
     torch.distributed.init_process_group("gloo")
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    weights = update(load_example().average_gradients, torch.arange(4)[rank::world])
-    torch.save(weights, f"{path}{rank}")
+    metrics = {"reward": float(rank), "log_ratio_max": 3.0 + rank, "loss": -float(rank)}
+    averaged = example.average_metrics(metrics, "cpu")
+    assert averaged == {"reward": 0.5, "log_ratio_max": 4.0, "loss": -0.5}, "the log-ratio is the largest"
+    torch.save(update(example.average_gradients, torch.arange(4)[rank::world]), f"{path}{rank}")
     torch.distributed.destroy_process_group()
 
 
-def test_two_processes_average_to_the_gradient_of_one(chain, tmp_path, monkeypatch):
+def test_two_processes_average_to_the_gradient_and_metrics_of_one(chain, tmp_path, monkeypatch):
     """Each process has two prompts, in two micro-batches."""
     assert in_processes(2, worker, str(chain), str(tmp_path / "rank")) == [0, 0]
     monkeypatch.chdir(chain)
@@ -112,7 +102,7 @@ def test_two_processes_average_to_the_gradient_of_one(chain, tmp_path, monkeypat
 
 def test_two_processes_run_to_the_end(chain, tmp_path):
     assert run_example(2, chain, tmp_path / "two") == [0, 0], (tmp_path / "two.err").read_text()
-    assert [row["step"] for row in read_log(tmp_path / "two")] == [0, 1, 2]
+    assert [json.loads(line)["step"] for line in open(tmp_path / "two/metrics.jsonl")] == [0, 1, 2]
     printed = (tmp_path / "two.out").read_text().splitlines()
     gains = [line for line in printed + (tmp_path / "two.err").read_text().splitlines() if "gain" in line]
     assert [line.split(":")[0][-6:] for line in gains] == ["step 0", "step 2"], "one process evaluates"
@@ -120,37 +110,21 @@ def test_two_processes_run_to_the_end(chain, tmp_path):
     assert policy.generation_config.eos_token_id == policy.config.eos_token_id
 
 
-def test_metrics_are_averaged_and_the_log_ratio_is_the_largest(tmp_path):
-    assert in_processes(2, average_worker, str(tmp_path / "rank")) == [0, 0]
-    for rank in (0, 1):
-        metrics = json.loads((tmp_path / f"rank{rank}").read_text())
-        assert metrics == {"reward": 0.5, "log_ratio_max": 4.0, "loss": -0.5}
+REFUSED = [
+    ({}, {}, "start this script with torchrun"),
+    ({"RANK": "0"}, {"resume": True}, "--resume and --reward_shift are not in this example"),
+    ({"RANK": "0"}, {"reward_shift": 1.0}, "--resume and --reward_shift are not in this example"),
+    ({"RANK": "0", "WORLD_SIZE": "3"}, {}, "the 3 processes must divide --minibatch_size"),
+    ({"RANK": "0"}, {"num_responses": 1}, "--num_responses must be at least 2"),
+    ({"RANK": "0"}, {"minibatch_size": 5}, "--minibatch_size must divide --prompts_per_step"),
+]
 
 
-def average_worker(path):
-    torch.distributed.init_process_group("gloo")
-    rank = torch.distributed.get_rank()
-    metrics = {"reward": float(rank), "log_ratio_max": 3.0 + rank, "loss": -float(rank)}
-    Path(f"{path}{rank}").write_text(json.dumps(load_example().average_metrics(metrics, "cpu")))
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.parametrize(
-    "environment, options, words",
-    [
-        ({}, {}, "start this script with torchrun"),
-        ({"RANK": "0"}, {"resume": True}, "--resume and --reward_shift are not in this example"),
-        ({"RANK": "0"}, {"reward_shift": 1.0}, "--resume and --reward_shift are not in this example"),
-        ({"RANK": "0", "WORLD_SIZE": "3"}, {}, "the 3 processes must divide --minibatch_size"),
-        ({"RANK": "0"}, {"num_responses": 1}, "--num_responses must be at least 2"),
-        ({"RANK": "0"}, {"minibatch_size": 5}, "--minibatch_size must divide --prompts_per_step"),
-    ],
-)
-def test_what_it_refuses(environment, options, words, tmp_path, monkeypatch):
+def test_what_it_refuses(tmp_path, monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(SystemExit, match=f"^error: .*{words}"):
-        load_example().main(p3o.Args(device="cpu", output_dir=str(tmp_path / "no"), **options))
+    for environment, options, words in REFUSED:
+        for name, value in ({"WORLD_SIZE": "1"} | environment).items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(SystemExit, match=f"^error: .*{words}"):
+            example.main(p3o.Args(device="cpu", output_dir=str(tmp_path / "no"), **options))
     assert not (tmp_path / "no").exists()

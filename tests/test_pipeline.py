@@ -5,14 +5,9 @@ import math
 
 import pytest
 import torch
+import transformers
 from conftest import byte_tokenizer, run_script, word_tokenizer
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    GPT2Config,
-    GPT2LMHeadModel,
-)
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import p3o
 import sft
@@ -25,21 +20,15 @@ def read_lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def save(folder, **splits):
-    folder.mkdir()
-    for split, rows in splits.items():
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(folder)
-
-
-# -------------------------------------------------------------------------------------------- what they read
 def test_texts_are_taken_literally_and_long_ones_left_out_and_counted(tmp_path, capsys):
     """No special token is added but the EOS of a response. What stands in the text is what the model sees."""
     tokenizer = word_tokenizer(20)
     prompts = ["w3 <eos> w4", "w5", "w2 w2 w2 w2", "", "<eos>"]
     completions = ["w6 w7", "<eos>", "w3", "w4", "w8 w8 w8"]
     rows = [{"prompt": p, "completion": c} for p, c in zip(prompts, completions)]
-    name = save(tmp_path / "data", train=rows, validation=rows[1:2], test=rows[:1])
+    name, splits = str(tmp_path), {"train": rows, "validation": rows[1:2], "test": rows[:1]}
+    for split, some in splits.items():
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
     args = p3o.Args(dataset=name, prompt_length=3, response_length=3)
     found = p3o.read_prompts(["train"], tokenizer, args)
     expected = ("w3 <eos> w4", [3, 1, 4]), ("w5", [5]), ("<eos>", [1])
@@ -49,8 +38,6 @@ def test_texts_are_taken_literally_and_long_ones_left_out_and_counted(tmp_path, 
     assert [row["prompt_ids"] for row in found] == [[3, 1, 4], [5]]
     assert [row["response_ids"] for row in found] == [[[6, 7, 1]], [[1, 1]]]
     assert "2 of 5" in capsys.readouterr().out
-    both = sft.read_rows(name, ["train"], ["completion", "prompt"], tokenizer, p3o.Args())
-    assert [row["response_ids"] for row in both[:2]] == [[[6, 7, 1], [3, 1, 4, 1]], [[1, 1], [5, 1]]]
     for splits, prompt in ((["validation", "test"], "w5"), (["dev", "test"], "w3 <eos> w4")):
         (held_out,) = p3o.read_prompts(splits, tokenizer, args)
         assert held_out["prompt"] == prompt, "the first of the splits that there is"
@@ -58,18 +45,15 @@ def test_texts_are_taken_literally_and_long_ones_left_out_and_counted(tmp_path, 
 
 def test_the_order_of_the_data():
     """Passes over all rows, each in another order, whatever the size of a step. A step needs no other step."""
-    for size in (1, 3, 7, 10):
+    single = sum([p3o.data_order(7, 1, step, seed=0) for step in range(1, 421)], [])
+    passes = [single[i : i + 7] for i in range(0, 420, 7)]
+    assert all(sorted(one) == list(range(7)) for one in passes) and len({*map(tuple, passes)}) > 30
+    for size in (3, 7, 10):
         steps = [p3o.data_order(7, size, step, seed=0) for step in range(1, 43)]
-        rows = sum(steps, [])
-        assert all(len(step) == size for step in steps)
-        passes = [rows[i : i + 7] for i in range(0, len(rows) - 6, 7)]
-        assert all(sorted(one) == list(range(7)) for one in passes)
-        assert len({tuple(one) for one in passes}) > len(passes) // 2
-        assert rows == sum([p3o.data_order(7, 1, step, seed=0) for step in range(1, len(rows) + 1)], [])
+        assert sum(steps, []) == single[: 42 * size]
     assert p3o.data_order(100, 100, 1, seed=0) != p3o.data_order(100, 100, 1, seed=1)
 
 
-# ------------------------------------------------------------------------------------------- what they leave
 def test_what_a_run_leaves(p3o_run):
     folder, printed = p3o_run
     rows = read_lines(folder / "metrics.jsonl")
@@ -108,9 +92,7 @@ def test_plain_transformers_samples_and_stops_at_eos(chain, p3o_run, stage):
     ended = 0
     for answer in ids.tolist():
         length = answer.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in answer else 24
-        assert len(answer) <= 24 and set(answer[length + 1 :]) <= {tokenizer.pad_token_id}, (
-            "goes on after EOS"
-        )
+        assert len(answer) <= 24 and set(answer[length + 1 :]) <= {tokenizer.pad_token_id}
         ended += length < 24
     assert ended > 25 and len({tuple(answer) for answer in ids.tolist()}) > 25
 
@@ -144,19 +126,16 @@ def test_bfloat16_runs_and_starts_at_the_reference(chain, tmp_path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "run").dtype == torch.float32
 
 
-# --------------------------------------------------------------------------------------- the recipe of README
 def test_from_preference_pairs_to_an_aligned_policy(tmp_path):
     """Dialogues as in HH-RLHF, a small model of another source, and every stage with the flags of the recipe."""
     dialogue = "\n\nHuman: say {}{}\n\nAssistant: {}"
     pairs = [(f"{i}", word) for i in range(50) for word in ("yes", "no")]
-    rows = [
-        {"chosen": dialogue.format(w, i, w), "rejected": dialogue.format(w, i, "what?")} for i, w in pairs
-    ]
+    rows = [{"chosen": dialogue.format(w, i, w), "rejected": dialogue.format(w, i, "no!")} for i, w in pairs]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     tokenizer = byte_tokenizer(eos_token="<|endoftext|>")
     size = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 512, "vocab_size": len(tokenizer)}
     ids = dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.eos_token_id)
-    GPT2LMHeadModel(GPT2Config(**size, **ids)).save_pretrained(tmp_path / "base")
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(**size, **ids)).save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
 
     def stage(script, *flags):
