@@ -22,9 +22,7 @@ if "HF_DATASETS_CACHE" not in os.environ:
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-
-# Importing torch and transformers takes seconds. So one server process imports them once, with preloaded.py, and
-# forks itself for every script that a test starts.
+# One server process imports torch and transformers, with preloaded.py, and forks itself for every script of a test.
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["preloaded"])
 
@@ -80,8 +78,7 @@ def byte_tokenizer(reverse=False, chat_template=None, add_bos=False, **special):
     if chat_template:
         tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
     if add_bos:
-        bos = special["bos_token"]
-        ids = [(bos, tokenizer.token_to_id(bos))]
+        ids = [(bos := special["bos_token"], tokenizer.token_to_id(bos))]
         tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=ids)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=chat_template, **special)
 
@@ -113,16 +110,14 @@ def save_tiny_models(folder):
 
     torch.manual_seed(0)
     tokenizer = byte_tokenizer(chat_template=CHATML, pad_token="<pad>", eos_token="</s>")
-    size = {
-        "n_embd": 16,
-        "n_layer": 1,
-        "n_head": 2,
-        "n_positions": 32,
+    size = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32, "vocab_size": len(tokenizer)}
+    size |= {
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    size |= {"vocab_size": len(tokenizer), "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
-    reward_config = GPT2Config(**size, num_labels=1, initializer_range=0.3)  # so that scores differ
-    models = {"lm": GPT2LMHeadModel(GPT2Config(**size)), "rm": GPT2ForSequenceClassification(reward_config)}
+    models = {"lm": GPT2LMHeadModel(GPT2Config(**size))}
+    models["rm"] = GPT2ForSequenceClassification(GPT2Config(**size, num_labels=1, initializer_range=0.3))
     for name, model in models.items():
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
@@ -130,10 +125,9 @@ def save_tiny_models(folder):
 
 @pytest.fixture(scope="session")
 def chain(tmp_path_factory):
-    """A working directory with data/toy, out/sft and out/reward_model after a few steps. Read only.
+    """A working directory with data/toy, out/sft and out/reward_model after a few steps, of a few of toy.py's rows.
 
-    Default paths are relative, so run scripts in it with an --output_dir elsewhere. The data are the first rows
-    of what toy.py writes, as many as the few steps take.
+    Read only: default paths are relative, so run scripts in it with an --output_dir elsewhere.
     """
     import toy
 

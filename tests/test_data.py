@@ -1,7 +1,4 @@
-"""data.py: from every format and file that users have to the exact texts that a model is to see, and what becomes of the rest.
-
-Tokens are bytes (tests/conftest.py). Most tests call data.py's main within this process.
-"""
+"""data.py: from every format and file that users have to the exact texts that a model is to see. Tokens are bytes."""
 
 import functools
 import gzip
@@ -18,7 +15,7 @@ from types import SimpleNamespace
 import datasets
 import pyarrow.parquet
 import pytest
-from conftest import CHATML, ROOT, byte_tokenizer, run_script
+from conftest import CHATML, ROOT, byte_tokenizer
 from transformers import AutoTokenizer, GPT2Tokenizer
 
 import data
@@ -70,13 +67,11 @@ class Run:
         self.capsys, self.models, self.tmp_path = capsys, models, tmp_path
 
     def template(self, template, **special):
-        """A model with this chat template."""
         byte_tokenizer(chat_template=template, **SPECIAL, **special).save_pretrained(self.tmp_path / "model")
         return self.tmp_path / "model"
 
     def args(self, dataset, model="plain", out="out", **flags):
-        if isinstance(dataset, list):
-            dataset = write(self.tmp_path / "rows.jsonl", dataset)
+        dataset = write(self.tmp_path / "rows.jsonl", dataset) if isinstance(dataset, list) else dataset
         return data.Args(str(dataset), str(self.models / model), str(self.tmp_path / out), **flags)
 
     def __call__(self, *args, **flags):
@@ -89,23 +84,20 @@ class Run:
         for split, count in about["rows"].items():
             assert count["in"] == count["written"] + sum(count["dropped"].values())
             assert f"{split}: {count['in']} rows in = {count['written']} written + " in out
-        assert sum(count["written"] for count in about["rows"].values()) == sum(map(len, rows.values()))
         return SimpleNamespace(rows=rows, about=about, out=out, all=sum(rows.values(), []))
+
+    def files(self):
+        stats = ((path, os.lstat(path)) for path in self.tmp_path.rglob("*"))
+        return {path: (stat.st_ino, stat.st_mode, stat.st_mtime_ns) for path, stat in stats}
 
     def fails(self, *args, **flags):
         """The one line of an expected failure, which changes no file."""
-        args = self.args(*args, **flags)
-
-        def files():
-            stats = ((path, os.lstat(path)) for path in self.tmp_path.rglob("*"))
-            return {path: (stat.st_ino, stat.st_mode, stat.st_mtime_ns) for path, stat in stats}
-
-        before = files()
+        args, before = self.args(*args, **flags), self.files()
         with pytest.raises(SystemExit) as exit:
             data.main(args)
         error = exit.value.code
         assert error.startswith("error: ") and "; " in error and "\n" not in error, error
-        assert files() == before
+        assert self.files() == before
         return error
 
 
@@ -115,12 +107,10 @@ def run(capsys, models, tmp_path):
 
 
 def numbered(rows):
-    """Rows in the order of the number in their prompt or completion."""
     return sorted(rows, key=lambda row: int("".join(c for c in json.dumps(row) if c.isdigit()) or 0))
 
 
 def fill(value, i):
-    """The row with {i} filled in, so that rows differ."""
     return json.loads(json.dumps(value).replace("{i}", str(i)))
 
 
@@ -131,7 +121,7 @@ TURNS_TEXT = (
     "<|im_start|>assistant\nwhat?<|im_end|>\n<|im_start|>user\nthat<|im_end|>\n<|im_start|>assistant\n"
 )
 ASK, ASK_TEXT = [user("q {i}")], "<|im_start|>user\nq {i}<|im_end|>\n<|im_start|>assistant\n"
-GOOD, BAD, A = [assistant("good")], [assistant("bad")], [assistant(" A\n")]
+GOOD, WORSE, A = [assistant("good")], [assistant("bad")], [assistant(" A\n")]
 
 
 @pytest.mark.parametrize(
@@ -142,18 +132,17 @@ GOOD, BAD, A = [assistant("good")], [assistant("bad")], [assistant(" A\n")]
         ({"prompt": "p {i}\x00\u2028", "completion": " c\n"}, ["p {i}\x00\u2028", " c\n"]),
         ({"prompt": "p {i}"}, ["p {i}"]),
         ({"text": "once {i}"}, ["<s>", "once {i}"]),
-        ({"prompt": TURNS, "chosen": GOOD, "rejected": BAD}, [TURNS_TEXT, "good", "bad"]),
-        ({"chosen": TURNS + GOOD, "rejected": TURNS + BAD}, [TURNS_TEXT, "good", "bad"]),
-        ({"prompt": "q {i}", "chosen": ASK + GOOD, "rejected": ASK + BAD}, [ASK_TEXT, "good", "bad"]),
-        ({"prompt": "q {i}", "chosen": GOOD, "rejected": BAD}, [ASK_TEXT, "good", "bad"]),
+        ({"prompt": TURNS, "chosen": GOOD, "rejected": WORSE}, [TURNS_TEXT, "good", "bad"]),
+        ({"chosen": TURNS + GOOD, "rejected": TURNS + WORSE}, [TURNS_TEXT, "good", "bad"]),
+        ({"prompt": "q {i}", "chosen": ASK + GOOD, "rejected": ASK + WORSE}, [ASK_TEXT, "good", "bad"]),
+        ({"prompt": "q {i}", "chosen": GOOD, "rejected": WORSE}, [ASK_TEXT, "good", "bad"]),
         ({"prompt": TURNS[:2], "completion": TURNS[2:] + A}, [TURNS_TEXT, " A\n"]),
         ({"prompt": TURNS}, [TURNS_TEXT]),
         ({"messages": TURNS + A}, [TURNS_TEXT, " A\n"]),
     ],
 )
 def test_formats(row, values, run, tmp_path):
-    """Texts stay as they are, even if the model has a chat template; the tokenizer's EOS ends them. What is written
-    is no data set for a second run, which would lose the end of turn."""
+    """Texts stay as they are, even if the model has a chat template. What is written is no data set for a second run."""
     rows, columns = [fill(row, i) for i in range(6)], data.WRITTEN[len(values) - 1]
     done = run(rows, "chat")
     expected = [list(zip(columns, fill(values, i))) for i in range(6)]
@@ -166,16 +155,13 @@ def test_formats(row, values, run, tmp_path):
         assert "is in the plain format already; give it to sft.py" in run.fails(again, "chat", "again")
 
 
-@pytest.mark.parametrize(
-    "model, start, empty", [("plain", "", "<s>"), ("no_bos", "", "</s>"), ("bos", "<s>", "<s>")]
-)
-def test_bos_of_texts(model, start, empty, run):
+def test_bos_of_texts(run):
     """As the tokenizer puts it by habit, and no second one. An empty prompt becomes BOS, or else EOS."""
     rows = [{"prompt": prompt, "completion": f"c {i}"} for i, prompt in enumerate(["p 0", "", "<s>p 2"])]
-    seen = {row["completion"]: row["prompt"] for row in run(rows, model).all}
-    assert seen == {"c 0": start + "p 0", "c 1": empty, "c 2": "<s>p 2"}
+    for model, start, empty in ("plain", "", "<s>"), ("no_bos", "", "</s>"), ("bos", "<s>", "<s>"):
+        seen = {row["completion"]: row["prompt"] for row in run(rows, model, model).all}
+        assert seen == {"c 0": start + "p 0", "c 1": empty, "c 2": "<s>p 2"}
     assert "has no EOS; give another" in run.fails(ROWS, "no_eos", "none")
-    assert "has a tokenizer" in run.fails(ROWS, "nothing", "none")
 
 
 def chats(answers):
@@ -189,7 +175,7 @@ def closing(behind, content="{{ m['content'] }}", header="<|im_start|>{{ m['role
     return loop + "{% if add_generation_prompt %}" + start + more + "{% endif %}"
 
 
-LLAMA_2 = (  # the real one, shortened: a space before and behind the answer, BOS in front of each question
+LLAMA_2 = (  # the real one, shortened: a space before and behind the answer
     "{% for m in messages %}{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + m['content'] + ' [/INST]' }}"
     "{% else %}{{ ' ' + m['content'] + ' ' + eos_token }}{% endif %}{% endfor %}"
 )
@@ -201,8 +187,6 @@ LONG = "an answer that is longer than thirty characters {i}"
     "template, answer, eos",
     [
         (CHATML, LONG, "<|im_end|>"),
-        (CHATML, "e", "<|im_end|>"),
-        (closing("</s>"), LONG, "</s>"),
         (LLAMA_2, LONG, "</s>"),
         (LLAMA_2, "s", "</s>"),
         (closing("\n###\n", header="{{ m['role'] }}: "), LONG, "</s>"),
@@ -218,27 +202,25 @@ def test_end_of_turn(template, answer, eos, run):
     assert {row["prompt"].count("<s>") for row in done.all} == {template.count("bos_token")}
 
 
-@pytest.mark.parametrize(
-    "template",
-    [
-        closing("<|return|>", "<|mid|>{{ m['content'] }}"),  # special tokens before the answer
-        closing("<|im_end|>", CUT, more="<think>\n"),  # opens what a finished answer no longer has
-        closing("<|im_end|>", "{% for part in m['content'] %}{{ part.text }}{% endfor %}"),
-        closing("<|im_end|>", "{{ m['content'] | capitalize }}"),
-        CHATML.split("{% if add_generation_prompt")[0],
-    ],
-)
+REWRITES = [
+    closing("<|return|>", "<|mid|>{{ m['content'] }}"),  # special tokens before the answer
+    closing("<|im_end|>", CUT, more="<think>\n"),  # opens what a finished answer no longer has
+    closing("<|im_end|>", "{% for part in m['content'] %}{{ part.text }}{% endfor %}"),
+    closing("<|im_end|>", "{{ m['content'] | capitalize }}"),
+    CHATML.split("{% if add_generation_prompt")[0],
+]
+
+
+@pytest.mark.parametrize("template", REWRITES)
 def test_a_template_that_does_not_continue_its_prompt_with_the_answer(template, run):
     """All rows are dropped, whatever the answers look like, and also where there are prompts only."""
-    model = run.template(template)
     for rows in (chats(["s"] * 4), chats([LONG] * 4), [{"prompt": [user(f"q {i}")]} for i in range(4)]):
-        error = run.fails(rows, model)
+        error = run.fails(rows, run.template(template))
         assert "no row of train is left" in error and "does not continue its own prompt" in error
 
 
 def test_templates_that_think(run):
-    """An answer whose thought the template cuts is dropped: a model would learn what the template never shows.
-    Templates like Qwen3's put an empty thought before an answer; without thinking the prompt holds it."""
+    """An answer whose thought the template cuts is dropped. Qwen3's puts an empty thought before each: the prompt does."""
     done = run(chats(["<think>hm</think>a", *"bcd"]), run.template(closing("<|im_end|>", CUT)))
     assert {row["completion"] for row in done.all} == {*"bcd"} and done.about["eos_token"] == "<|im_end|>"
     more = "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}"
@@ -247,14 +229,14 @@ def test_templates_that_think(run):
     assert all(row["prompt"].endswith("<|im_start|>assistant <think></think>") for row in done.all)
 
 
-@pytest.mark.parametrize("kind, eos, other", [("text", "</s>", "<|im_end|>"), ("chat", "<|im_end|>", "</s>")])
-def test_eos_in_responses(kind, eos, other, run):
+def test_eos_in_responses(run):
     """At the end one is taken off, as scripts add it; inside, the row is dropped; another's EOS is text."""
-    answers = ["a 0" + eos, "a" + eos + "b", eos, "a 3" + other, "a" + eos + eos, "a 5", "a 6"]
-    texts = [{"prompt": f"q {i}", "completion": answer} for i, answer in enumerate(answers)]
-    done = run(texts if kind == "text" else chats(answers), "chat")
-    assert {row["completion"] for row in done.all} == {"a 0", "a 3" + other, "a 5", "a 6"}
-    assert done.about["rows"]["train"]["dropped"] == {"EOS inside a response, or nothing but EOS": 3}
+    for eos, other in (("</s>", "<|im_end|>"), ("<|im_end|>", "</s>")):
+        answers = ["a 0" + eos, "a" + eos + "b", eos, "a 3" + other, "a" + eos + eos, "a 5", "a 6"]
+        texts = [{"prompt": f"q {i}", "completion": answer} for i, answer in enumerate(answers)]
+        done = run(texts if eos == "</s>" else chats(answers), "chat", eos[-4:-1])
+        assert {row["completion"] for row in done.all} == {"a 0", "a 3" + other, "a 5", "a 6"}
+        assert done.about["rows"]["train"]["dropped"] == {"EOS inside a response, or nothing but EOS": 3}
 
 
 def test_a_template_that_refuses_rows(run):
@@ -262,19 +244,22 @@ def test_a_template_that_refuses_rows(run):
     refusal = "{{ raise_exception('I \x1b[2J want a\nsystem') }}"
     model = run.template("{% if messages[0]['content'] == 'q 0' %}" + refusal + "{% endif %}" + CHATML)
     done = run(chats("AAAAAA"), model)
-    assert len(done.all) == 5 and done.about["eos_token"] == "<|im_end|>"
     ((reason, count),) = done.about["rows"]["train"]["dropped"].items()
-    assert count == 1 and "system" in reason and "\x1b" not in done.out
-    error = run.fails(chats("A"), model, "none")
-    assert "no row of train" in error and "system" in error
-    error = run.fails(chats("A"), run.template("{% for m in messages %}"), "none")  # a syntax error
-    assert "chat template" in error and "--model" in error
+    assert len(done.all) == 5 and count == 1 and "system" in reason and "\x1b" not in done.out
+    assert "system" in run.fails(chats("A"), model, "none")
+    assert "chat template" in run.fails(chats("A"), run.template("{% for m in messages %}"), "none")
 
 
 ROWS = [{"prompt": f"p {i} \u2028 é", "completion": f" c {i}"} for i in range(41)]
 PARTS = {"train": ROWS[:30], "validation": ROWS[28:37], "test": ROWS[37:]}
-CONTAINERS = ["json", "jsonl", "jsonl.gz", "parquet", "Dataset on disk", "DatasetDict on disk", "shards"]
-CONTAINERS += ["folder of jsonl", "folder of jsonl.gz", "folder of parquet"]
+CONTAINERS = (
+    "jsonl",
+    "Dataset on disk",
+    "DatasetDict on disk",
+    "shards",
+    "folder of jsonl.gz",
+    "folder of parquet",
+)
 
 
 def folder_of(form, folder, parts):
@@ -304,36 +289,27 @@ def test_containers(kind, run, tmp_path):
         path = write(path / f"rows.{kind}", ROWS)
     done = run(path, out="train_test", train_split="test" if kind == "Dataset on disk" else "")
     if kind.startswith(("folder", "DatasetDict")):
-        assert done.rows == PARTS
         read = datasets.load_dataset(str(tmp_path / "train_test"))
-        assert {split: list(rows) for split, rows in read.items()} == PARTS
+        assert done.rows == PARTS == {split: list(rows) for split, rows in read.items()}
     else:
         assert [len(done.rows[split]) for split in SPLITS] == [37, 2, 2]
         assert numbered(done.all) == ROWS and done.rows["train"] == numbered(done.rows["train"])
     assert {path.name for path in (tmp_path / "train_test").iterdir()} == set(data.FILES)
 
 
-@pytest.mark.parametrize(
-    "names, flags, expected",  # train, validation and test; None: unclear
-    [
-        ("eval train", "", "train eval"),
-        ("test_prefs train_prefs", "", "train_prefs - test_prefs"),
-        ("dev TEST Train", "", "Train dev TEST"),
-        ("train_sft train_prefs test_sft", "", None),
-        ("train heldout", "", None),
-        ("train_eval test", "", None),
-        ("test", "", None),
-        ("a b", "c", None),
-        ("a b", "b a", "b - a"),
-        ("train_sft test_sft train", "train_sft", "train_sft"),
-    ],
-)
-def test_splits_go_by_name(names, flags, expected):
+CLEAR = {"eval train": "train eval", "test_prefs train_prefs": "train_prefs - test_prefs"}
+CLEAR |= {"dev TEST Train": "Train dev TEST", "a b; b a": "b - a"}  # names; flags: train, validation, test
+UNCLEAR = "train_sft train_prefs test_sft", "train heldout", "train_eval test", "test", "a b; c"
+
+
+@pytest.mark.parametrize("case", [*CLEAR, *UNCLEAR])
+def test_splits_go_by_name(case):
     """In whatever order they come; what is unclear is an error that lists them and names the flags."""
+    names, _, flags = case.partition("; ")
+    args = SimpleNamespace(**dict(zip(["train_split", "test_split"], [*flags.split(" "), ""])))
     for order in (names.split(), names.split()[::-1]):
-        args = SimpleNamespace(**dict(zip(["train_split", "test_split"], [*flags.split(" "), ""])))
-        if expected:
-            chosen = {split: name for split, name in zip(SPLITS, expected.split()) if name != "-"}
+        if case in CLEAR:
+            chosen = {split: name for split, name in zip(SPLITS, CLEAR[case].split()) if name != "-"}
             assert data.choose_splits(order, args) == chosen
         else:
             with pytest.raises(SystemExit, match="--train_split and --test_split") as exit:
@@ -341,25 +317,20 @@ def test_splits_go_by_name(names, flags, expected):
             assert str(order) in exit.value.code
 
 
-@pytest.mark.parametrize(
-    "n, of_prompt, size",
-    [(3, 1, 1), (39, 1, 1), (40, 1, 2), (11000, 1, 500), (9, 3, 3), (99, 3, 3), (198, 3, 9), (11001, 3, 498)]
-    + [(3, 3, 1), (100, 100, 5)],  # one prompt in all, as texts have: rows are held out one by one
-)
+SIZES = [(3, 1, 1), (39, 1, 1), (40, 1, 2), (11000, 1, 500), (198, 3, 9), (11001, 3, 498), (100, 100, 5)]
+
+
+@pytest.mark.parametrize("n, of_prompt, size", SIZES)
 def test_held_out_rule(n, of_prompt, size):
-    """5% of the rows, at most 500, for each of two; all rows of a prompt, of which several rows have the same."""
-    train = [{"prompt": str(i // of_prompt), "completion": i} for i in range(n)]
-    rows = {"train": train}
+    """5% of the rows, at most 500, for each of two; all rows of a prompt, unless there is but one, as texts have."""
+    rows = {"train": [{"prompt": str(i // of_prompt), "completion": i} for i in range(n)]}
     data.hold_out(rows, ["validation", "test"])
     assert [len(rows[split]) for split in SPLITS] == [n - 2 * size, size, size]
-    numbers = {split: [row["completion"] for row in rows[split]] for split in SPLITS}
-    assert sorted(sum(numbers.values(), [])) == list(range(n))
-    assert numbers["train"] == sorted(numbers["train"]), "order is kept"
-    if of_prompt < n:
-        prompts = [{row["prompt"] for row in rows[split]} for split in SPLITS]
-        assert len(set.union(*prompts)) == sum(map(len, prompts)), "a prompt on two sides"
-    if n > 100:
-        assert numbers["validation"] not in (list(range(n - size, n)), list(range(size))), "from all over"
+    numbers = [[row["completion"] for row in rows[split]] for split in SPLITS]
+    assert sorted(sum(numbers, [])) == list(range(n)) and numbers[0] == sorted(numbers[0])
+    prompts = [{row["prompt"] for row in rows[split]} for split in SPLITS]
+    assert of_prompt == n or len(set.union(*prompts)) == sum(map(len, prompts)), "a prompt on two sides"
+    assert n <= 100 or numbers[1] not in (list(range(n - size, n)), list(range(size))), "from all over"
 
 
 def test_few_or_frequent_prompts(run):
@@ -395,7 +366,6 @@ def test_texts_that_cannot_be_used(models):
         "chosen and rejected are the same": [{"chosen": "B"}, {"chosen": "B</s>"}],
         surrogate: [{"prompt": "\ud800"}],
         "label is false": [{"label": False}],
-        "chosen_rating is below that of rejected": [{"chosen_rating": 1, "rejected_rating": 2.5}],
         "score_chosen is below that of rejected": [{"score_chosen": 1.5, "score_rejected": 2}],
         "system cannot be written": [{"system": "Be brief."}],
         "chosen is a conversation that is stored as text": [{"chosen": json.dumps(stored)}],
@@ -418,18 +388,18 @@ def test_conversations_that_cannot_be_used(models, run):
     """Each is dropped with a reason; none raises anything else, none is taken for something it is not."""
     ask, A, B = [user("q")], [assistant("A")], [assistant("B")]
     good = {"chosen": ask + A, "rejected": ask + B}
-    bad = [{"chosen": value} for value in (None, [], "text", ["text"], [user("other"), *A])]
-    bad += [{"chosen": ask + [{"role": "assistant"}]}, {"chosen": ask + [{"content": "A"}]}]
+    bad = [
+        {"chosen": x}
+        for x in (None, [], "text", ["text"], [user("other"), *A], ask, ask + [{"content": "A"}])
+    ]
     bad += [{"chosen": ask + [assistant(content)]} for content in (None, [{"type": "text", "text": "A"}])]
-    bad += [{"rejected": ask + A}, {"rejected": ask + [assistant(" ")]}, {"rejected": ask + A + ask}]
-    bad += [{"chosen": ask, "rejected": ask}, {"chosen": A, "rejected": B}, DIALOGUE]
+    bad += [{"rejected": x} for x in (ask + A, ask + [assistant(" ")], ask + A + ask)] + [DIALOGUE]
     for change in bad:
         assert sum(dropped([good, good | change], models / "chat").values()) == 1, change
-    system = [{"role": "system", "content": "s"}]  # a whole conversation must contain the prompt beside it
-    prompts = ["q", "other", system + ask]
+    # A whole conversation must contain the prompt beside it, which must end in something to answer.
+    prompts = ["q", "other", [user("s", "system"), *ask]]
     assert sum(dropped([{"prompt": prompt, **good} for prompt in prompts], models / "chat").values()) == 2
-    rows = [{"prompt": ask}, {"prompt": ask + A}]  # a prompt must end in something to answer
-    assert sum(dropped(rows, models / "chat").values()) == 1
+    assert sum(dropped([{"prompt": ask}, {"prompt": ask + A}], models / "chat").values()) == 1
     strays = [{"prompt": stray, "completion": stray} for stray in (None, "c", 3)]
     done = run([*strays, *chats("AAAA")], "chat")  # conversations, whatever the first row is
     assert len(done.all) == 4 and done.about["eos_token"] == "<|im_end|>"
@@ -440,123 +410,93 @@ def test_lengths_and_next_command(run, models, tmp_path):
     """Counts of tokens, EOS included; the lengths of the next command hold 95% of the rows."""
     rows = [{"prompt": i * "p" + str(i % 10), "chosen": i * "c", "rejected": "d"} for i in range(1, 101)]
     parts = {"train": rows, "validation": rows[:1], "test": rows[:1]}
-    out, model = tmp_path / "my out", tmp_path / "a model"
-    shutil.copytree(models / "bos", model)
-    done = run(folder_of("jsonl", tmp_path / "data", parts), model, out)
+    shutil.copytree(models / "bos", tmp_path / "a model")
+    done = run(folder_of("jsonl", tmp_path / "data", parts), tmp_path / "a model", "my out")
     assert "98 tokens hold 95% of 100 texts, 102 hold all" in done.out
     assert "92 tokens hold 95% of 200 texts, 101 hold all" in done.out
-    command = ["python", "sft.py", "--model", str(model), "--dataset", str(out)]
+    command = ["python", "sft.py", "--model", f"{tmp_path}/a model", "--dataset", f"{tmp_path}/my out"]
     command += ["--prompt_length", "98", "--response_length", "92"]
     assert shlex.split(done.out.split("next: ")[1]) == command, "a shell understands it"
 
 
-def test_output_that_is_not_utf8_and_an_unwritable_cache(models, tmp_path):
-    """What the terminal cannot show is replaced; local files go through no cache."""
-    path = write(tmp_path / "rows.jsonl", [{"prompt": f"雨 {i}", "completion": "c"} for i in range(9)])
-    flags = "--dataset", path, "--model", models / "plain", "--output_dir", tmp_path / "out"
-    changes = dict.fromkeys(("HF_HOME", "HF_DATASETS_CACHE", "XDG_CACHE_HOME"), "/proc/nothing")
-    changes["PYTHONIOENCODING"] = "cp1252"
-    done = run_script("data.py", *flags, cwd=tmp_path, env={**os.environ, **changes})
-    assert done.returncode == 0 and "\\u96e8" in done.stdout, done.stderr
-    assert len(read_jsonl(tmp_path / "out" / "train.jsonl")) == 7
+BAD = {  # its bytes, or {split: rows} of a folder; what the error says
+    "nobody/nothing": (None, "cannot read"),
+    "empty.jsonl": (b"", "columns"),
+    "folder": ({}, "holds no .json, .jsonl, .jsonl.gz or .parquet file"),
+    "broken.jsonl": (b'{"prompt": "a"}\n{"prompt": \n', '{"prompt": \\n'),
+    "latin.jsonl": (b'{"prompt": "\xe9"}\n', "utf-8"),
+    "cut.jsonl.gz": (gzip.compress(b'{"prompt": "p"}\n')[:-9], "cannot read"),
+    "columns.jsonl": (b'{"question": "q", "a\\u001b": 1}', " or ".join(data.FORMATS)),
+    "no_test": ({"train": ROWS, "test": [ROWS[0] | {"completion": ""}]}, "no row of test is left"),
+}
 
 
-@pytest.mark.parametrize(
-    "name, made, words",  # its bytes, or {split: rows} of a folder
-    [
-        ("nobody/nothing", None, ["cannot read"]),
-        ("empty.jsonl", b"", ["columns"]),
-        ("folder", {}, ["holds no .json, .jsonl, .jsonl.gz or .parquet file"]),
-        ("broken.jsonl", b'{"prompt": "a"}\n{"prompt": \n', ['{"prompt": \\n']),
-        ("latin.jsonl", b'{"prompt": "\xe9"}\n', ["utf-8"]),
-        ("cut.jsonl.gz", gzip.compress(b'{"prompt": "p"}\n')[:-9], ["cannot read"]),
-        ("text.parquet", b"no parquet", ["cannot read"]),
-        ("columns.jsonl", b'{"question": "q", "a\\u001b": 1}', ["'question'", " or ".join(data.FORMATS)]),
-        ("no_train", {"test": ROWS[:3]}, ["['test']", "--train_split"]),
-        ("no_test", {"train": ROWS, "test": [ROWS[0] | {"completion": ""}]}, ["no row of test is left"]),
-    ],
-)
-def test_bad_data_sets(name, made, words, run, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+@pytest.mark.parametrize("name", BAD)
+def test_bad_data_sets(name, run, tmp_path):
+    made, word = BAD[name]
     if isinstance(made, bytes):
-        Path(name).write_bytes(made)
+        (tmp_path / name).write_bytes(made)
     elif made is not None:
-        Path(name).mkdir()
-        folder_of("jsonl", Path(name), made)
-    error = run.fails(name, out="made/out")
-    assert all(word in error for word in words), error
+        (tmp_path / name).mkdir()
+        folder_of("jsonl", tmp_path / name, made)
+    assert word in run.fails(name if made is None else tmp_path / name, out="made/out")
 
 
 def words(path):
     return {row["prompt"].split()[0] for row in read_jsonl(path)}
 
 
+OLD, NEW = ([{"prompt": f"{word} {i}"} for i in range(9)] for word in ("old", "new"))
+
+
 def test_output_folder(run, tmp_path):
     """Never overwritten without --overwrite, and with it only what data.py wrote; then nothing old is left."""
-    old, new = ([{"prompt": f"{word} {i}"} for i in range(9)] for word in ("old", "new"))
     out = tmp_path / "out"
     out.mkdir()  # empty: free
-    run(old)
-    assert "give --overwrite" in run.fails(new)
+    run(OLD)
+    assert "give --overwrite" in run.fails(NEW)
     run.fails(tmp_path / "missing.jsonl", overwrite=True)
-    run(new, overwrite=True)
+    run(NEW, overwrite=True)
     assert [words(out / f"{split}.jsonl") for split in SPLITS] == [{"new"}] * 3
-    assert {path.name for path in tmp_path.iterdir()} == {"rows.jsonl", "out"}, "no folder beside"
     (out / "notes.txt").write_text("mine")
     for overwrite in (False, True):
-        assert "did not write" in run.fails(old, overwrite=overwrite)
-        assert "did not write" in run.fails(old, out=tmp_path, overwrite=overwrite)
+        assert "did not write" in run.fails(OLD, overwrite=overwrite)
     for text in ("", "[]", '{"prompt": "my rows"}', '[{"prompt": "p"}]'):  # somebody else's data.json
-        write(tmp_path / "other/train.jsonl", old)
+        write(tmp_path / "other/train.jsonl", OLD)
         (tmp_path / "other/data.json").write_text(text)
-        assert "did not write" in run.fails(old, out="other", overwrite=True)
-
-
-@pytest.mark.parametrize("kind", ["file", "FIFO", "dangling link", "device"])
-def test_a_path_that_is_no_folder_is_never_touched(kind, run, tmp_path):
-    if kind == "file":
-        (tmp_path / "out").write_text("mine")
-    elif kind == "FIFO":
-        os.mkfifo(tmp_path / "out")
-    else:  # a device by a link, so that no mistake can harm it
-        (tmp_path / "out").symlink_to("/dev/null" if kind == "device" else "nowhere")
-    for overwrite in (False, True):
-        assert "is no folder" in run.fails(ROWS, overwrite=overwrite)
+        assert "did not write" in run.fails(OLD, out="other", overwrite=True)
+    os.mkfifo(tmp_path / "FIFO")
+    (tmp_path / "link").symlink_to("nowhere")
+    (tmp_path / "device").symlink_to("/dev/null")  # by a link, so that no mistake can harm it
+    for name, overwrite in itertools.product(("rows.jsonl", "FIFO", "link", "device"), (False, True)):
+        assert "is no folder" in run.fails(ROWS, out=name, overwrite=overwrite)
 
 
 @pytest.mark.parametrize("name", ["jsonl", "json", "jsonl.gz", "parquet", "folder/train.jsonl"])
 def test_files_are_read_as_they_are_now(name, run, tmp_path):
-    """cp -p, rsync -t and tar keep times: other rows of the same size and time are other rows."""
+    """Other rows of the same size and time, as cp -p and tar keep it, are other rows. Dates stay texts."""
     path = tmp_path / f"rows.{name}"
-    for word in ("old", "new"):
-        os.utime(write(path, [{"prompt": f"{word} {i}"} for i in range(9)]), (10**9, 10**9))
-        run(path.parent if "/" in name else path, overwrite=True)
-        assert words(tmp_path / "out/train.jsonl") == {word}
-
-
-@pytest.mark.parametrize("form", ["jsonl", "json"])
-def test_dates_stay_texts(form, run, tmp_path):
-    """A reader that infers types makes timestamps of them."""
-    for answer in ("2020-01-0{i}", "2020-01-01T10:00:0{i}Z", "12:30:0{i}"):
-        rows = [{"prompt": f"when {i}", "completion": fill(answer, i)} for i in range(4)]
-        path = write(tmp_path / f"rows.{form}", rows)
-        assert numbered(run(path, overwrite=True).all) == rows
+    dates = "2020-01-0{i}", "2020-01-01T10:00:0{i}Z", "12:30:0{i}"
+    for date, word in itertools.product(dates, ("old", "new")):
+        rows = [{"prompt": f"{word} {i}", "completion": fill(date, i)} for i in range(9)]
+        os.utime(write(path, rows), (10**9, 10**9))
+        done = run(path.parent if "/" in name else path, overwrite=True)
+        assert sorted(done.all, key=lambda row: row["prompt"]) == rows
 
 
 @pytest.mark.parametrize("moves", [1, 2, 4])
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_kill_while_files_are_moved(moves, overwrite, run, tmp_path):
     """Old or new files stand in their place; the next run mends the folder and leaves nothing else in it."""
-    old, new = ([{"prompt": f"{word} {i}"} for i in range(9)] for word in ("old", "new"))
     out = tmp_path / "out"
     if overwrite:
-        run(old)
+        run(OLD)
 
     def main(args, count=itertools.count(1), replace=os.replace):
         os.replace = lambda *paths: replace(*paths) if next(count) < moves else os.kill(os.getpid(), 9)
         data.main(args)
 
-    args = [run.args(new, overwrite=overwrite)]
+    args = [run.args(NEW, overwrite=overwrite)]
     process = multiprocessing.get_context("fork").Process(target=main, args=args, daemon=True)
     process.start()
     process.join(100)
@@ -564,7 +504,7 @@ def test_a_kill_while_files_are_moved(moves, overwrite, run, tmp_path):
     for i, split in enumerate(SPLITS if overwrite else []):
         assert words(out / f"{split}.jsonl") == {"new" if i < moves - 1 else "old"}
     assert {path.name for path in tmp_path.iterdir()} == {"rows.jsonl", "out"}, "nothing hidden"
-    run(new, overwrite=overwrite)
+    run(NEW, overwrite=overwrite)
     assert [words(out / f"{split}.jsonl") for split in SPLITS] == [{"new"}] * 3
     assert {path.name for path in out.iterdir()} == set(data.FILES)
 

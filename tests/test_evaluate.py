@@ -63,9 +63,7 @@ def test_every_policy_answers_every_prompt(world):
     assert header["policies"] == {name: folder for name, folder in FOLDERS.items() if name != "sft"}
     expected = {"model": "out/sft", "reward_model": "out/reward_model", "dataset": "data/toy/prompts"}
     expected |= {"num_prompts": 3, "samples_per_prompt": 4, "temperature": 1.0}
-    assert {name: header[name] for name in expected} == expected and header["settings"][
-        "response_length"
-    ] == 24
+    assert header | expected == header and header["settings"]["response_length"] == 24
     lines = (world / "data/toy/prompts/test.jsonl").read_text().splitlines()
     assert all(row["prompt"] == json.loads(lines[row["prompt_id"]])["prompt"] for row in rows)
     assert len({row["response"] for row in rows[:12]}) > 6, "samples, not one answer over and over"
@@ -109,18 +107,10 @@ def test_exact_kl_by_a_loop():
         assert value == pytest.approx(naive, abs=1e-5) and value > 0
 
 
+@torch.no_grad()
 def test_a_response_without_eos_is_penalised_and_a_temperature_divides_the_logits(world):
     """At most 2 tokens, so that nothing ends; rewards and log-probs once more by plain transformers."""
-    words = [
-        "--response_length",
-        2,
-        "--temperature",
-        2,
-        "--missing_eos_penalty",
-        7,
-        "--output_dir",
-        "out/short",
-    ]
+    words = "--response_length 2 --temperature 2 --missing_eos_penalty 7 --output_dir out/short".split()
     done = run_script("evaluate.py", "out/p3o", *SMALL, *words, cwd=world)
     assert done.returncode == 0, done.stderr
     scorer = AutoModelForSequenceClassification.from_pretrained(world / "out/reward_model").eval()
@@ -129,32 +119,25 @@ def test_a_response_without_eos_is_penalised_and_a_temperature_divides_the_logit
     rows = read(world, "out/short")[1]
     assert any(not row["ended"] for row in rows)
     for row in rows:
-        prompt = tokenizer(row["prompt"])["input_ids"]
-        ids = torch.tensor([prompt + row["response_ids"]])
-        with torch.no_grad():
-            log = (model(ids).logits[0, len(prompt) - 1 : -1] / 2).log_softmax(-1)
-            score = scorer(ids).logits.item() - 7 * (not row["ended"])
-        naive = sum(log[t, token].item() for t, token in enumerate(row["response_ids"]))
+        prompt, response = tokenizer(row["prompt"])["input_ids"], row["response_ids"]
+        ids = torch.tensor([prompt + response])
+        log = (model(ids).logits[0, len(prompt) - 1 : -1] / 2).log_softmax(-1)
+        naive = sum(log[t, token].item() for t, token in enumerate(response))
         assert row["logp"]["p3o"] == pytest.approx(naive, abs=1e-4)
-        assert row["reward"] == pytest.approx(score, abs=1e-4)
+        assert row["reward"] == pytest.approx(scorer(ids).logits.item() - 7 * (not row["ended"]), abs=1e-4)
 
 
 def test_it_samples_in_chunks_and_never_more(world, monkeypatch):
     """12 responses in chunks of 8, read 5 at a time; one policy at a time is loaded beside the SFT model."""
     chunks, loaded = [], []
     sample, load = evaluate.sample_batch, evaluate.load_model
-    monkeypatch.setattr(
-        evaluate, "sample_batch", lambda p, rows, *a: chunks.append(len(rows)) or sample(p, rows, *a)
-    )
-    monkeypatch.setattr(
-        evaluate, "load_model", lambda kind, name, *a, **k: loaded.append(name) or load(kind, name, *a, **k)
-    )
+    monkeypatch.setattr(evaluate, "sample_batch", lambda p, x, *a: chunks.append(len(x)) or sample(p, x, *a))
+    monkeypatch.setattr(evaluate, "load_model", lambda x, y, *a, **k: loaded.append(y) or load(x, y, *a, **k))
     monkeypatch.chdir(world)
     options = {word.removeprefix("--"): value for word, value in zip(SMALL[::2], SMALL[1::2])}
     evaluate.main(["out/p3o"], evaluate.Args(output_dir="out/chunks", device="cpu", **options))
     assert chunks == [8, 4] * 2
     assert loaded == ["out/sft", "out/reward_model", "out/sft", "out/p3o", "out/sft", "out/p3o"]
-    assert evaluate.Args().sample_batch_size == 128
 
 
 def test_a_reward_that_is_no_number_ends_in_one_line(world, monkeypatch):
@@ -169,32 +152,26 @@ def test_a_reward_that_is_no_number_ends_in_one_line(world, monkeypatch):
 def test_answers_are_replaced_only_when_told_to_and_never_reused(world, tmp_path):
     folder = tmp_path / "w"
     shutil.copytree(world, folder)
-    fails(folder, said="out/evaluation holds answers; --overwrite them")
-    marked = (folder / "out/evaluation/answers.jsonl").read_text().replace('"reward": ', '"reward": 77')
-    (folder / "out/evaluation/answers.jsonl").write_text(marked)
-    (folder / "out/evaluation/answers.jsonl.new").write_text('{"policy": "p3')  # a kill left this
-    (folder / "out/evaluation/report.md").write_text("of frontier.py")
-    done = run_script("evaluate.py", "--overwrite", *SMALL, cwd=folder)
-    assert done.returncode == 0, done.stderr
-    assert read(folder)[1] == read(world)[1]
-    assert sorted(path.name for path in (folder / "out/evaluation").iterdir()) == [
-        "answers.jsonl",
-        "report.md",
-    ]
-
-
-def test_a_kill_leaves_the_old_answers_or_the_new(world, tmp_path):
-    """kill -9 at ten moments around the writing, of two evaluations with other seeds."""
-    folder = tmp_path / "w"
-    shutil.copytree(world, folder)
-    program = (
-        "import sys; sys.path.insert(0, {root!r}); import evaluate\n"
-        "for seed in range(10**6): evaluate.write_answers({{'seed': seed}}, [{{'seed': seed}}] * 3000, 'out/evaluation')"
-    )
-    (tmp_path / "loop.py").write_text(program.format(root=str(ROOT)))
-    process = subprocess.Popen([sys.executable, tmp_path / "loop.py"], cwd=folder)
     path = folder / "out/evaluation/answers.jsonl"
-    while '{"seed"' not in path.read_text()[:10]:
+    fails(folder, said="out/evaluation holds answers; --overwrite them")
+    path.write_text(path.read_text().replace('"reward": ', '"reward": 77'))
+    path.with_name("answers.jsonl.new").write_text('{"policy": "p3')  # a kill left this
+    path.with_name("report.md").write_text("of frontier.py")
+    done = run_script("evaluate.py", "--overwrite", *SMALL, cwd=folder)
+    assert done.returncode == 0 and read(folder)[1] == read(world)[1], done.stderr
+    assert {path.name for path in path.parent.iterdir()} == {"answers.jsonl", "report.md"}
+
+
+def test_a_kill_leaves_the_old_answers_or_the_new(tmp_path):
+    """kill -9 at ten moments around the writing, of evaluations with other seeds."""
+    (tmp_path / "loop.py").write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import evaluate\n"
+        "for i in range(10**6): evaluate.write_answers({'seed': i}, [{'seed': i}] * 3000, 'out')"
+    )
+    (tmp_path / "out").mkdir()
+    process = subprocess.Popen([sys.executable, tmp_path / "loop.py"], cwd=tmp_path)
+    path = tmp_path / "out/answers.jsonl"
+    while not path.exists():
         time.sleep(0.05)
     for _ in range(10):
         time.sleep(0.013)
@@ -214,15 +191,12 @@ def test_what_is_no_folder_for_answers_is_refused_before_any_model_is_loaded(wor
         (world / "out/mixed" / name).write_text("{}")
     for place, said in (
         ("out/p3o", "holds files of something else"),
-        ("out/sft", "holds files of something else"),
         ("out/mixed", "holds files of something else"),
         ("out/p3o/config.json", "is no folder"),
         ("out/fifo", "is no folder"),
         ("out/link", "is no folder"),
         ("out/fifo/below", "cannot write into out/fifo/below"),
-        ("/proc/nowhere", "cannot write into /proc/nowhere"),
-    ):
-        # This SFT model does not exist: the folder is looked at first.
+    ):  # this SFT model does not exist: the folder is looked at first
         fails(world, "--overwrite", "--model", "no-model", "--output_dir", place, said=said)
     (world / "out/fifo").unlink()
     (world / "out/link").unlink()
@@ -230,27 +204,19 @@ def test_what_is_no_folder_for_answers_is_refused_before_any_model_is_loaded(wor
 
 
 # --------------------------------------------------------------------------------------------- runs and their settings
-@pytest.mark.parametrize(
-    "words, said",
-    [
+def test_bad_input_is_one_line_and_changes_nothing(world):
+    for words, said in (
         (["out/sft"], "out/sft holds no policy"),
         (["nothere"], "nothere holds no policy"),
         (["--num_prompts", 0], "--num_prompts 0 is out of range"),
         (["--temperature", "nan"], "--temperature nan is out of range"),
-    ],
-)
-def test_bad_input_is_one_line_and_changes_nothing(world, words, said):
-    done = run_script("evaluate.py", *SMALL, *words, "--output_dir", "out/none", cwd=world)
-    (line,) = done.stderr.splitlines()
-    assert done.returncode == 1 and line.startswith("error: ") and said in line
-    assert not (world / "out/none").exists()
-
-
-@pytest.mark.parametrize("name", ["dataset", "reward_model", "model"])
-def test_what_does_not_exist_is_one_line(world, name):
-    done = run_script("evaluate.py", *SMALL, f"--{name}", "nothere", "--output_dir", "out/none", cwd=world)
-    assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
-    assert not list((world / "out/none").iterdir())
+        (["--dataset", "nothere"], "nothere"),
+        (["--reward_model", "nothere"], "nothere"),
+    ):
+        done = run_script("evaluate.py", *SMALL, *words, "--output_dir", "out/none", cwd=world)
+        (line,) = done.stderr.splitlines()
+        assert done.returncode == 1 and line.startswith("error: ") and said in line
+        assert not list((world / "out").glob("none/*"))
 
 
 def test_runs_must_agree_on_what_is_not_given():
@@ -273,12 +239,7 @@ def test_names_of_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match="run p3o.py first"):
         evaluate.find_runs([])
-    for name, arguments in (
-        ("a/p3o", {"beta": 1}),
-        ("b/p3o", {"beta": 1}),
-        ("out/sft", {"beta": 1}),
-        ("out/x", {}),
-    ):
+    for name, arguments in {"a/p3o": {"beta": 1}, "b/p3o": {"beta": 1}, "out/sft": {"beta": 1}, "out/x": {}}.items():
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "args.json").write_text(json.dumps({"args": arguments}))
         (tmp_path / name / "model.safetensors").touch()

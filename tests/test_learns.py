@@ -1,5 +1,4 @@
-"""Short real runs raise the reward by far more than its sampling error, on the toy and for every variant of the RL
-scripts."""
+"""Short real runs raise the reward by far more than its sampling error, for every variant of the RL scripts."""
 
 import json
 import random
@@ -29,11 +28,11 @@ def gain(folder, steps):
 
 def test_the_chain_learns(chain, p3o_run):
     """The SFT model, the reward model and P3O, each from what the stage before it left."""
-    sft, reward = read(chain / "out/sft", "metrics.jsonl"), read(chain / "out/reward_model", "metrics.jsonl")
+    folders = chain / "out/sft", chain / "out/reward_model", p3o_run[0]
+    sft, reward, metrics = (read(folder, "metrics.jsonl") for folder in folders)
     assert sft[-1]["eval_perplexity"] < sft[0]["eval_perplexity"] / 4
     assert reward[-1]["eval_loss"] < reward[0]["eval_loss"]
     assert gain(p3o_run[0], steps=6) > 4
-    metrics = read(p3o_run[0], "metrics.jsonl")
     assert metrics[0]["eval_kl"] == 0 < metrics[-1]["eval_kl"] < 15
 
 
@@ -69,12 +68,10 @@ def test_every_variant_learns_a_reward_of_ones_own(name, world, tmp_path, monkey
     script, options = VARIANTS[name]
 
     def reward(batch):
-        texts = [text.split() for text in batch["response"]]
-        return [words.count("w5") - words.count("w7") for words in texts]
+        return [text.count("w5") - text.count("w7") for text in batch["response"]]
 
-    monkeypatch.setattr(script, "load_reward", lambda tokenizer, args: reward)
-    settings = {"model": world / "lm", "dataset": world / "prompts", "output_dir": tmp_path / "run"}
-    settings = {name: str(path) for name, path in settings.items()}
+    monkeypatch.setattr(script, "load_reward", lambda *_: reward)
+    settings = {"model": f"{world}/lm", "dataset": f"{world}/prompts", "output_dir": f"{tmp_path}/run"}
     settings |= {"prompts_per_step": 16, "minibatch_size": 8, "steps": 12, "learning_rate": 3e-3, "beta": 0.1}
     settings |= {"prompt_length": 6, "response_length": 8, "missing_eos_penalty": 0.0, "eval_every": 100}
     script.main(script.Args(**settings | {"eval_prompts": 64, "save_every": 100} | options))

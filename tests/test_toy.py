@@ -13,7 +13,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, run_script
+from conftest import ROOT
 from datasets import load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -22,9 +22,9 @@ import toy
 PROMPT = "please review the cafe and mention the coffee :"
 GOOD = "i loved the lovely cafe because the great coffee was truly superb ."
 KINDS = {
-    "sft": {"prompt", "completion"},
-    "preferences": {"prompt", "chosen", "rejected"},
-    "prompts": {"prompt"},
+    "sft": ["prompt", "completion"],
+    "preferences": ["prompt", "chosen", "rejected"],
+    "prompts": ["prompt"],
 }
 
 
@@ -37,16 +37,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def rows(folder):
-    return {
-        (kind, split): [json.loads(line) for line in (folder / kind / f"{split}.jsonl").open()]
-        for kind in KINDS
-        for split in ("train", "validation", "test")
-    }
-
-
-@pytest.fixture(scope="module")
-def tokenizer(folder):
-    return AutoTokenizer.from_pretrained(folder / "model")
+    places = [(kind, split) for kind in KINDS for split in toy.SPLITS]
+    return {x: [json.loads(line) for line in (folder / x[0] / f"{x[1]}.jsonl").open()] for x in places}
 
 
 def contents(folder):
@@ -70,24 +62,23 @@ def sentiment(v):
     return 3 * (math.exp(2 * v) - 1) / (math.exp(2 * v) + 1)
 
 
-@pytest.mark.parametrize(
-    "response, expected",
-    [
-        ("the cafe is nice .", sentiment(1) + 1.0),
-        ("the cafe is very nice .", sentiment(1.5) + 1.0),
-        ("the cafe is not nice .", sentiment(-1) + 1.0),
-        ("i saw it .", 0.0),
-        (GOOD, sentiment(1 + 1 + 1 + 1.5) + 2.0),
-        ("the cafe is nice and nice .", sentiment(1) + 1.0 - 0.5),
-        ("the cafe is nice", -1.2),
-        ("cafe the is nice . we loved it .", sentiment(1) - 1.2),
-        ("   \n", -1.2),
-        ("nice nice nice", -1.2 - 1.0),
-        ("the bakery is old . the zoo is new . i saw it . we found it .", -0.2 * 4),
-    ],
-)
-def test_gold_reward_by_hand(response, expected):
-    assert toy.quality(PROMPT, response) == pytest.approx(expected, abs=1e-12)
+BY_HAND = {
+    "the cafe is nice .": sentiment(1) + 1.0,
+    "the cafe is very nice .": sentiment(1.5) + 1.0,
+    "the cafe is not nice .": sentiment(-1) + 1.0,
+    "i saw it .": 0.0,
+    GOOD: sentiment(1 + 1 + 1 + 1.5) + 2.0,
+    "the cafe is nice and nice .": sentiment(1) + 1.0 - 0.5,
+    "cafe the is nice . we loved it .": sentiment(1) - 1.2,
+    "   \n": -1.2,
+    "nice nice nice": -1.2 - 1.0,
+    "the bakery is old . the zoo is new . i saw it . we found it .": -0.2 * 4,
+}
+
+
+@pytest.mark.parametrize("response", BY_HAND)
+def test_gold_reward_by_hand(response):
+    assert toy.quality(PROMPT, response) == pytest.approx(BY_HAND[response], abs=1e-12)
     assert toy.gold_reward(PROMPT, response) == toy.quality(PROMPT, response) + toy.prompt_offset(PROMPT)
 
 
@@ -151,25 +142,15 @@ def test_grammar():
     assert {s for s in strings if toy.SENTENCE.fullmatch(s)} == SENTENCES and len(SENTENCES) == 930
 
 
-@pytest.mark.parametrize(
-    "response", ["", "???", "\ud800", "a\x00b", "." * 500, "<eos>", "the " * 3000, "Ünïcode 雨 ."]
-)
-def test_any_string_has_a_finite_reward(response):
-    assert math.isfinite(toy.gold_reward(PROMPT, response))
-    assert math.isfinite(toy.gold_reward(response, GOOD))
-    assert toy.gold_reward(PROMPT, response) < toy.gold_reward(PROMPT, GOOD)
-
-
-def test_cheap_tricks_score_clearly_below_a_good_answer():
-    for hack in [
-        " ".join(toy.ADJECTIVES[0][:8]) + " .",
-        "nice . great . superb . lovely cafe . perfect coffee .",
-        PROMPT,
-        "the cafe is very nice . " * 4,
-        "i loved it . we liked it . they enjoyed it . everyone admired it .",
-        "the cafe is nice . the coffee is great . the staff is lovely . the view is superb . we liked it .",
-    ]:
-        assert toy.gold_reward(PROMPT, hack) < toy.gold_reward(PROMPT, GOOD) - 1, hack
+def test_any_string_has_a_finite_reward_and_cheap_tricks_a_low_one():
+    for response in ["", "???", "\ud800", "a\x00b", "." * 500, "<eos>", "the " * 3000, "Ünïcode 雨 ."]:
+        assert math.isfinite(toy.gold_reward(response, GOOD))
+        assert -math.inf < toy.gold_reward(PROMPT, response) < toy.gold_reward(PROMPT, GOOD)
+    tricks = " ".join(toy.ADJECTIVES[0][:8]) + " .", PROMPT, "the cafe is very nice . " * 4
+    tricks += ("nice . great . superb . lovely cafe . perfect coffee .",)
+    tricks += ("i loved it . we liked it . they enjoyed it . everyone admired it .",)
+    for trick in tricks:
+        assert toy.gold_reward(PROMPT, trick) < toy.gold_reward(PROMPT, GOOD) - 1, trick
 
 
 def test_the_offset_is_wide(rows):
@@ -194,33 +175,26 @@ def test_another_process_writes_the_same_bytes(folder, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["again"]
 
 
-def test_rows(folder, rows, tokenizer, tmp_path):
+def test_rows(folder, rows, tmp_path):
     """load_dataset reads them; the splits share no prompt; each text becomes tokens and back."""
     for kind, columns in KINDS.items():
         loaded = load_dataset(str(folder / kind), cache_dir=str(tmp_path))
         for split in toy.SPLITS:
-            assert set(loaded[split].column_names) == columns
-            assert loaded[split].to_list() == rows[kind, split]
-    assert len(rows["sft", "train"]) == 18000 and len(rows["preferences", "train"]) == 20000
+            assert loaded[split].column_names == columns and loaded[split].to_list() == rows[kind, split]
     prompts = [{r["prompt"] for kind in KINDS for r in rows[kind, split]} for split in toy.SPLITS]
     assert len(set.union(*prompts)) == sum(map(len, prompts))
-    texts = [row["prompt"] for split in toy.SPLITS for row in rows["prompts", split]]
-    assert len(texts) == len(set(texts))
     responses = {text for split in rows.values() for r in split for key, text in r.items() if key != "prompt"}
-    for texts, low, high in (
-        (set.union(*prompts), 5, 16),
-        (responses, 4 - 1, 24 - 1),
-    ):  # EOS is not in the text
-        texts = sorted(texts)
-        ids = tokenizer(texts).input_ids
-        assert {len(row) for row in ids} <= set(range(low, high + 1))
-        assert tokenizer.batch_decode(ids) == texts
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    for texts, low, high in ((set.union(*prompts), 5, 16), (responses, 3, 23)):  # EOS is not in the text
+        ids = tokenizer(sorted(texts)).input_ids
+        assert low <= min(map(len, ids)) and max(map(len, ids)) <= high
+        assert tokenizer.batch_decode(ids) == sorted(texts)
         assert not any(tokenizer.unk_token_id in row for row in ids)
 
 
-def test_model(folder, tokenizer):
+def test_model(folder):
     """The words of the grammar have a token and a class each; the model is small, untrained and without dropout."""
-    assert len({tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id}) == 3
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     ids = tokenizer("the cafe is nice.").input_ids  # no special token by itself, punctuation apart
     assert tokenizer.decode(ids + [tokenizer.eos_token_id], skip_special_tokens=True) == "the cafe is nice ."
     assert tokenizer("the qwerty").input_ids == [ids[0], tokenizer.unk_token_id]
@@ -231,7 +205,7 @@ def test_model(folder, tokenizer):
     assert 400_000 < sum(weights.numel() for weights in model.parameters()) < 600_000
     assert [config.resid_pdrop, config.embd_pdrop, config.attn_pdrop, config.summary_first_dropout] == [0] * 4
     ids = tokenizer.pad_token_id, tokenizer.eos_token_id, len(tokenizer)
-    assert (config.pad_token_id, config.eos_token_id, config.vocab_size) == ids
+    assert (config.pad_token_id, config.eos_token_id, config.vocab_size) == ids and len(set(ids)) == 3
     torch.manual_seed(0)  # the seed of the folder: the weights are those that transformers draws after it
     again = AutoModelForCausalLM.from_config(config).state_dict()
     assert all(torch.equal(value, again[name]) for name, value in model.state_dict().items())
@@ -271,14 +245,11 @@ def test_second_runs_other_arguments_foreign_and_missing_files(tmp_path, monkeyp
     assert "nothing to do: " in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in target.rglob("*")} == times
     refused(lambda: run(seed=1), "--overwrite", "seed (0)")
-    assert contents(target) == first
     run(seed=1, overwrite=True)
     fixed = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
     assert {x for x in first if contents(target)[x] == first[x]} == {f"model/{name}" for name in fixed}
-    run(overwrite=True)
-    assert contents(target) == first
     (target / "sft" / "test.jsonl").unlink()
-    refused(run, "incomplete", "--overwrite")
+    refused(lambda: run(seed=1), "incomplete", "--overwrite")
     run(overwrite=True)
     assert contents(target) == first
     (target / "sft" / "notes.txt").write_text("mine")
@@ -307,7 +278,7 @@ def test_a_kill_at_any_moment(module, name, calls, overwrite, tmp_path, monkeypa
     small_build(monkeypatch)
     for seed in (0, 1):
         toy.main(toy.Args(str(tmp_path / str(seed)), seed=seed))
-    sets = [contents(tmp_path / str(seed)) for seed in (0, 1)]
+    old, new = (contents(tmp_path / str(seed)) for seed in (0, 1))
     out = tmp_path / "run" / "toy"
     if overwrite:
         toy.main(toy.Args(str(out), seed=0))
@@ -320,20 +291,9 @@ def test_a_kill_at_any_moment(module, name, calls, overwrite, tmp_path, monkeypa
     process = multiprocessing.get_context("fork").Process(target=killed, daemon=True)
     process.start()
     process.join(100)
-    assert process.exitcode == -9
+    assert process.exitcode == -9 and os.listdir(tmp_path / "run") == ["toy"], "nothing hidden"
     left = contents(out)
-    for path in sets[0] if overwrite else []:
-        assert left[path] in (sets[0][path], sets[1][path]), path
-    assert os.listdir(tmp_path / "run") == ["toy"], "nothing hidden"
-    if overwrite and module is toy:
-        toy.main(toy.Args(str(out), seed=0))  # nothing to do
-        assert contents(out) == sets[0]
+    assert not overwrite or all(left[path] in (old[path], new[path]) for path in old)
+    assert not overwrite or module is os or all(left[path] == old[path] for path in old)
     toy.main(toy.Args(str(out), seed=1, overwrite=overwrite and module is toy))
-    assert contents(out) == sets[1] and set(os.listdir(out)) == {"args.json", "model", *KINDS}
-
-
-@pytest.mark.parametrize("argv", [["--sed", "1"], ["--over"], ["extra"], ["--seed", "x"], ["--seed", "-1"]])
-def test_bad_command_lines(argv, tmp_path):
-    done = run_script("toy.py", *argv, cwd=tmp_path)
-    assert done.returncode in (1, 2) and "error: " in done.stderr and "Traceback" not in done.stderr
-    assert not list(tmp_path.iterdir())
+    assert contents(out) == new and set(os.listdir(out)) == {"args.json", "model", *KINDS}
