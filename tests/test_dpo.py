@@ -1,8 +1,4 @@
-"""dpo.py: the loss against oracles that share no code with it, the batches, and short runs on the toy task.
-
-The oracles are loops over plain floats with central differences, the optimum in closed form of a language model
-whose responses can be enumerated, and one unpadded forward pass per response.
-"""
+"""dpo.py against loops over floats, differences, the optimum in closed form and one forward pass per response."""
 
 import itertools
 import json
@@ -18,20 +14,17 @@ import dpo
 BETA = 0.5
 
 
-def draw(B=12, seed=0, dtype=torch.float64):
+def draw(B=12):
     """Random (logp_chosen, logp_rejected, ref_chosen, ref_rejected), each (B,), a few nats apart."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     ref = -5 - 10 * torch.rand(2, B, generator=generator, dtype=torch.float64)
-    logp = ref + 3 * torch.randn(2, B, generator=generator, dtype=torch.float64)
-    return [x.to(dtype) for x in (*logp, *ref)]
+    return [*(ref + 3 * torch.randn(2, B, generator=generator, dtype=torch.float64)), *ref]
 
 
-def naive_loss(chosen, rejected, ref_chosen, ref_rejected, beta):
+def naive_loss(logps, beta):
     """Mean of -log(1 / (1 + exp(-beta * difference of log ratios))) over lists of floats."""
-    losses = []
-    for w, y, ref_w, ref_y in zip(chosen, rejected, ref_chosen, ref_rejected, strict=True):
-        losses.append(-math.log(1 / (1 + math.exp(-beta * ((w - ref_w) - (y - ref_y))))))
-    return sum(losses) / len(losses)
+    margins = [beta * ((w - ref_w) - (y - ref_y)) for w, y, ref_w, ref_y in zip(*logps, strict=True)]
+    return sum(-math.log(1 / (1 + math.exp(-m))) for m in margins) / len(margins)
 
 
 def loss_and_grads(logps, beta=BETA):
@@ -43,34 +36,20 @@ def loss_and_grads(logps, beta=BETA):
 
 @pytest.mark.parametrize("beta", [0.05, 0.3, 2.0])
 def test_loss_and_gradient_against_naive_loops(beta):
-    logps, step = draw(), 1e-5
+    logps = torch.stack(draw())
     loss, *grads = loss_and_grads(logps, beta)
-    lists = [x.tolist() for x in logps]
-    assert loss.shape == () and loss.dtype == torch.float64
-    assert loss.item() == pytest.approx(naive_loss(*lists, beta), rel=1e-12)
-    for side, b in itertools.product(range(2), range(len(logps[0]))):
-        up, down = ([list(x) for x in lists] for _ in range(2))
-        up[side][b] += step
-        down[side][b] -= step
-        slope = (naive_loss(*up, beta) - naive_loss(*down, beta)) / (2 * step)
-        assert grads[side][b].item() == pytest.approx(slope, abs=1e-9)
-    w, y, ref_w, ref_y = lists
+    assert loss.shape == () and loss.item() == pytest.approx(naive_loss(logps.tolist(), beta), rel=1e-12)
+    for side, b in itertools.product(range(2), range(12)):
+        move = torch.zeros_like(logps)
+        move[side, b] = 1e-5
+        up, down = (naive_loss((logps + sign * move).tolist(), beta) for sign in (1, -1))
+        assert grads[side][b].item() == pytest.approx((up - down) / 2e-5, abs=1e-9)
+    w, y, ref_w, ref_y = logps.tolist()
     margins = [beta * (a - b - c + d) for a, b, c, d in zip(w, ref_w, y, ref_y)]
     expected = {"accuracy": sum(m > 0 for m in margins) / 12, "margin": sum(margins) / 12}
     expected |= {"logp_chosen": sum(w) / 12, "logp_rejected": sum(y) / 12}
     assert dpo.dpo_loss(*logps, beta)[1] == pytest.approx(expected, rel=1e-12)
     assert 0 < expected["accuracy"] < 1, "both kinds of pairs must occur"
-
-
-def test_at_the_reference():
-    """Loss log 2, no opinion, and the gradient -beta/2 (grad log pi(y_w) - grad log pi(y_l))."""
-    _, _, *ref = draw(B=8)
-    loss, grad_chosen, grad_rejected = loss_and_grads([*ref, *ref])
-    assert loss.item() == pytest.approx(math.log(2), rel=1e-15)
-    assert grad_chosen.tolist() == pytest.approx([-BETA / 2 / 8] * 8, rel=1e-12)
-    assert grad_rejected.tolist() == pytest.approx([BETA / 2 / 8] * 8, rel=1e-12)
-    stats = dpo.dpo_loss(*ref, *ref, BETA)[1]
-    assert (stats["accuracy"], stats["margin"]) == (0.5, 0)
 
 
 @pytest.mark.parametrize("scale", [1, 100])
@@ -84,13 +63,15 @@ def test_an_offset_per_prompt_changes_no_bit(scale):
         assert torch.equal(plain, moved)
 
 
-@pytest.mark.parametrize("ratio, loss_expected, slope", [(1e4, 0.0, 0.0), (-1e4, 1e4, -1.0)])
-def test_extreme_ratios_stay_finite(ratio, loss_expected, slope):
+@pytest.mark.parametrize("ratio, expected, slope", [(1e4, 0, 0), (-1e4, 1e4, -1), (0, math.log(2), -0.5)])
+def test_extreme_ratios_stay_finite_and_the_reference_has_no_opinion(ratio, expected, slope):
     ref = torch.full((2,), -1e4)
-    loss, grad_chosen, grad_rejected = loss_and_grads([ref + ratio / 2, ref - ratio / 2, ref, ref], beta=1.0)
-    assert loss.item() == pytest.approx(loss_expected, rel=1e-6)
-    assert grad_chosen.tolist() == pytest.approx([slope / 2] * 2, rel=1e-6)
-    assert grad_rejected.tolist() == pytest.approx([-slope / 2] * 2, rel=1e-6)
+    logps = [ref + ratio / 2, ref - ratio / 2, ref, ref]
+    loss, *grads = loss_and_grads(logps, beta=1.0)
+    assert loss.item() == pytest.approx(expected, rel=1e-6)
+    assert torch.cat(grads).tolist() == pytest.approx([slope / 2] * 2 + [-slope / 2] * 2, rel=1e-6)
+    stats = dpo.dpo_loss(*logps, 1.0)[1]
+    assert (stats["accuracy"], stats["margin"]) == ((ratio > 0) / 2 + (ratio >= 0) / 2, ratio)
 
 
 @pytest.mark.parametrize("place", range(4))
@@ -112,9 +93,7 @@ def test_population_loss_is_least_at_the_gibbs_optimum(beta):
     logits = logp_ref.clone().requires_grad_()
     for _ in range(300):
         logp = logits.log_softmax(-1)
-        _, *grads = loss_and_grads(
-            [*(x[side] for x in (logp, logp_ref) for side in (chosen, rejected))], beta
-        )
+        _, *grads = loss_and_grads([logp[chosen], logp[rejected], logp_ref[chosen], logp_ref[rejected]], beta)
         surrogate = sum((prevalence * g * logp[side]).sum() for g, side in zip(grads, (chosen, rejected)))
         gradient = torch.autograd.grad(surrogate, logits)[0]
         logits = (logits - 25 / beta**2 * gradient).detach().requires_grad_()
@@ -133,16 +112,16 @@ def small_model(seed):
     return GPT2LMHeadModel(config).eval()
 
 
-def random_examples(B, seed=0):
+def random_examples(B):
     """Preference pairs of random tokens, of all lengths."""
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     tokens = [torch.randint(0, 20, (n,)).tolist() for n in torch.randint(2, 9, (3 * B,))]
     return [{"prompt_ids": tokens[b], "response_ids": tokens[B + b :: B]} for b in range(B)]
 
 
 def batch_args(micro_batch_size, **more):
-    numbers = {"temperature": 0.7, "beta": BETA, "max_grad_norm": 1e9} | more
-    return dpo.Args(device="cpu", micro_batch_size=micro_batch_size, **numbers)
+    more = {"temperature": 0.7, "beta": BETA, "max_grad_norm": 1e9} | more
+    return dpo.Args(device="cpu", micro_batch_size=micro_batch_size, **more)
 
 
 def lone_logp(model, prompt, response, temperature):
@@ -152,18 +131,10 @@ def lone_logp(model, prompt, response, temperature):
     return sum((logits[t - 1] / temperature).log_softmax(-1)[(prompt + response)[t]] for t in steps)
 
 
-def naive_gradient(policy, reference, examples, args):
-    """Mean loss of the pairs and its gradient, one text at a time."""
-    losses = []
-    for e in examples:
-        ratio = [
-            lone_logp(policy, e["prompt_ids"], y, args.temperature)
-            - lone_logp(reference, e["prompt_ids"], y, args.temperature).detach()
-            for y in e["response_ids"]
-        ]
-        losses.append(torch.log1p(torch.exp(-args.beta * (ratio[0] - ratio[1]))))
-    loss = sum(losses) / len(losses)
-    return loss.item(), torch.autograd.grad(loss, list(policy.parameters()))
+def naive_ratios(policy, reference, examples, args):
+    """[log ratio of the chosen, of the rejected] for each pair, one text at a time."""
+    texts = [[(e["prompt_ids"], y, args.temperature) for y in e["response_ids"]] for e in examples]
+    return [[lone_logp(policy, *x) - lone_logp(reference, *x).detach() for x in pair] for pair in texts]
 
 
 @pytest.mark.parametrize("micro_batch_size, max_norm", [(1, 1e9), (2, 1e9), (4, 0.01), (5, 1e9)])
@@ -172,78 +143,54 @@ def test_micro_batches_add_up_to_the_gradient_of_the_pairs(micro_batch_size, max
     policy, reference, examples = small_model(1), small_model(2), random_examples(8)
     args, pairs = batch_args(micro_batch_size, max_grad_norm=max_norm), torch.tensor([6, 1, 7, 0, 3])
     batch = dpo.read_pairs(reference, examples, TOKENIZER, batch_args(2))
-    loss, expected = naive_gradient(policy, reference, [examples[p] for p in pairs], args)
-    before = [p.detach().clone() for p in policy.parameters()]
+    ratios = naive_ratios(policy, reference, [examples[p] for p in pairs], args)
+    loss = sum(torch.log1p(torch.exp(-BETA * (w - y))) for w, y in ratios) / 5
+    expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(policy.parameters()))])
+    before = torch.nn.utils.parameters_to_vector(policy.parameters()).detach().clone()
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.1)  # its step shows the gradient
     metrics = dpo.update_on_pairs(policy, optimizer, batch, pairs, args)
-    assert metrics["loss"] == pytest.approx(loss, rel=1e-5)
-    norm = math.sqrt(sum(g.square().sum().item() for g in expected))
-    assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-4) and norm > 0.1
-    for was, now, grad in zip(before, policy.parameters(), expected, strict=True):
-        clipped = grad * min(1, max_norm / norm)
-        torch.testing.assert_close((was - now.detach()) / 0.1, clipped, rtol=1e-4, atol=2e-5)
-    assert not any(p.requires_grad and p.grad is not None for p in policy.parameters()), "gradient left over"
+    moved, norm = before - torch.nn.utils.parameters_to_vector(policy.parameters()), expected.norm().item()
+    torch.testing.assert_close(moved / 0.1, expected * min(1, max_norm / norm), rtol=1e-4, atol=2e-5)
+    assert [metrics["loss"], metrics["grad_norm"]] == pytest.approx([loss.item(), norm], rel=1e-4)
+    assert norm > 0.1 and all(p.grad is None for p in policy.parameters()), "gradient left over"
 
 
-def test_held_out_metrics_are_means_over_all_pairs():
-    policy, reference, examples, args = small_model(1), small_model(2), random_examples(7), batch_args(3)
-    metrics = dpo.evaluate_preferences(0, policy, reference, examples, TOKENIZER, args)
-    ratios = [
-        [lone_logp(m, e["prompt_ids"], y, args.temperature).item() for m in (policy, reference)]
-        for e in examples
-        for y in e["response_ids"]
-    ]
-    margins = [BETA * (w - ref_w - y + ref_y) for (w, ref_w), (y, ref_y) in zip(ratios[0::2], ratios[1::2])]
-    assert metrics["eval_margin"] == pytest.approx(sum(margins) / 7, rel=1e-4, abs=1e-5)
-    assert metrics["eval_accuracy"] == pytest.approx(sum(m > 0 for m in margins) / 7)
-    assert metrics["eval_loss"] == pytest.approx(sum(math.log1p(math.exp(-m)) for m in margins) / 7, rel=1e-4)
-    assert metrics["eval_logp_rejected"] == pytest.approx(sum(r[0] for r in ratios[1::2]) / 7, rel=1e-4)
-    assert "eval_kl" not in metrics and all(p.grad is None for p in policy.parameters())
-
-
-def test_without_a_reward_model_the_kl_is_measured_on_fresh_responses(monkeypatch):
-    """40 prompts: two chunks of unequal size."""
+def test_held_out_metrics_are_means_over_all_pairs(monkeypatch):
+    """And without a reward model the KL is one over fresh responses. 40 prompts: chunks of unequal size."""
     policy, reference, sampled, sample_batch = small_model(1), small_model(2), [], dpo.sample_batch
-    rows = [{"prompt": "", **row} for row in random_examples(40)]
-    args = batch_args(4, reward_model="none")
+    rows, args = [{"prompt": "", **row} for row in random_examples(40)], batch_args(3, reward_model="none")
     sampling = {"do_sample": True, "temperature": 0.7, "top_k": 0, "max_new_tokens": 6}
     policy.generation_config.update(**sampling, eos_token_id=1, pad_token_id=1)
     monkeypatch.setattr(dpo, "sample_batch", lambda *a: sampled.append(sample_batch(*a)) or sampled[-1])
     metrics = dpo.evaluate_preferences(0, policy, reference, rows, TOKENIZER, args)
-    ratios = []
+    margins = [BETA * (w - y).item() for w, y in naive_ratios(policy, reference, rows, args)]
+    fresh = []
     for batch in sampled:
         for x, x_mask, y, y_mask in zip(*dpo.token_rows(batch, slice(None)).values()):
-            text = x[x_mask].tolist(), y[y_mask].tolist(), args.temperature
-            ratios.append((lone_logp(policy, *text) - lone_logp(reference, *text)).item())
-    assert len(ratios) == 40
-    assert metrics["eval_kl"] == pytest.approx(sum(ratios) / 40, rel=1e-4)
-    assert abs(metrics["eval_kl"]) > 0.1 and "eval_reward" not in metrics
+            fresh.append({"prompt_ids": x[x_mask].tolist(), "response_ids": [y[y_mask].tolist()]})
+    kl = sum(ratio.item() for (ratio,) in naive_ratios(policy, reference, fresh, args)) / 40
+    expected = {"eval_loss": sum(math.log1p(math.exp(-m)) for m in margins) / 40, "eval_kl": kl}
+    expected |= {"eval_accuracy": sum(m > 0 for m in margins) / 40, "eval_margin": sum(margins) / 40}
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    assert len(fresh) == 40 and abs(kl) > 0.1 and "eval_reward" not in metrics
 
 
-NAMES = {"prompt_ids", "prompt_mask", "response_ids", "response_mask", "logp_ref_tok"}
-
-
-def scored(score):
-    """A batch with these scores. Its other tensors hold the numbers of their rows."""
-    rows = torch.arange(len(score))
-    return {"score": score, "ended": rows > 0} | {name: rows[:, None] for name in NAMES}
-
-
-def order_of(batch):
-    """The numbers of the rows in a ranked batch. They must be the same in every tensor."""
-    assert set(batch) == NAMES
-    (order,) = {tuple(tensor.flatten().tolist()) for tensor in batch.values()}
+def order_of(score, **options):
+    """The numbers of the rows after ranking. They must be the same in every tensor."""
+    rows, names = torch.arange(len(score)), "prompt_ids prompt_mask response_ids response_mask logp_ref_tok"
+    batch = {"score": score, "ended": rows > 0} | {name: rows[:, None] for name in names.split()}
+    ranked = dpo.rank_pairs(batch, **options)
+    (order,) = {tuple(ranked[name].flatten().tolist()) for name in names.split()}
     return order
 
 
 def test_the_order_of_the_labels():
-    """Ranked: the higher score comes first, and ties keep their order. Sampled: Bradley-Terry, here odds of 1, 3 and
-    1/9 of the first response, 10000 pairs each."""
+    """Ranked: ties keep their order. Sampled: Bradley-Terry, at odds of 1, 3 and 1/9, 10000 pairs each."""
     score = torch.tensor([1.0, 2.0, 5.0, -1.0, 3.0, 3.0, 1e9, 1e9 + 0.5], dtype=torch.float64)
-    assert order_of(dpo.rank_pairs(scored(score))) == (1, 0, 2, 3, 4, 5, 7, 6)
+    assert order_of(score) == (1, 0, 2, 3, 4, 5, 7, 6)
     pairs = torch.tensor([[0.0, 0.0], [math.log(3), 0.0], [7.0, 7.0 + math.log(9)]], dtype=torch.float64)
     torch.manual_seed(0)
-    order = torch.tensor(order_of(dpo.rank_pairs(scored(pairs.repeat(10000, 1).flatten()), labels="sampled")))
+    order = torch.tensor(order_of(pairs.repeat(10000, 1).flatten(), labels="sampled"))
     chosen, rejected = order.view(-1, 2).unbind(1)
     assert torch.equal(chosen // 2, torch.arange(30000)) and torch.equal(chosen ^ 1, rejected)
     first_won = (chosen % 2 == 0).view(10000, 3).double().mean(0)
@@ -252,22 +199,6 @@ def test_the_order_of_the_labels():
 
 SMALL = ["--minibatch_size", 8, "--micro_batch_size", 4, "--eval_prompts", 12, "--save_every", 2]
 ONLINE = ["--online", "--prompts_per_step", 8, "--rollout_epochs", 1]
-PAIR_METRICS = {"loss", "accuracy", "margin", "logp_chosen", "logp_rejected", "grad_norm", "seconds"}
-ROLLOUT_METRICS = {"reward", "kl", "entropy", "response_length", "eos_rate"}
-
-
-def preferences(chain, tmp_path):
-    """A folder with the first rows of the toy preferences: reading all takes longer than the training."""
-    folder = tmp_path / "preferences"
-    folder.mkdir()
-    for split in ("train", "validation"):
-        rows = (chain / "data/toy/preferences" / f"{split}.jsonl").read_text().splitlines()[:40]
-        (folder / f"{split}.jsonl").write_text("\n".join(rows))
-    return folder
-
-
-def read_log(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def train(chain, folder, monkeypatch, *flags):
@@ -276,11 +207,16 @@ def train(chain, folder, monkeypatch, *flags):
     torch.seed()  # a run must not depend on the random state that it finds
     flags = [str(flag) for flag in (*SMALL, "--output_dir", folder, *flags)]
     dpo.main(HfArgumentParser(dpo.Args).parse_args_into_dataclasses(flags)[0])
-    return read_log(folder)
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def flags_of(mode, chain, tmp_path):
-    return ["--dataset", preferences(chain, tmp_path), *(ONLINE if mode == "online" else [])]
+    """With the first rows of the toy preferences: reading all takes longer than the training."""
+    (tmp_path / "preferences").mkdir()
+    for name in ("train.jsonl", "validation.jsonl"):
+        rows = (chain / "data/toy/preferences" / name).read_text().splitlines()[:40]
+        (tmp_path / "preferences" / name).write_text("\n".join(rows))
+    return ["--dataset", tmp_path / "preferences", *(ONLINE if mode == "online" else [])]
 
 
 @pytest.mark.parametrize("mode", ["offline", "online"])
@@ -289,72 +225,54 @@ def test_a_run_keeps_its_promises_and_resumes_bit_for_bit(mode, chain, tmp_path,
     straight, halves = tmp_path / "straight", tmp_path / "halves"
     rows = train(chain, straight, monkeypatch, *flags)
     gain = rows[4]["eval_reward"] - rows[0]["eval_reward"]
-    assert f"{straight}, step 4: gain {gain:.2f} over" in capsys.readouterr().out.splitlines()[-1]
-    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
-
-    expected = PAIR_METRICS | (ROLLOUT_METRICS | {"frac_identical_pairs"} if mode == "online" else set())
-    assert all(expected <= set(row) for row in rows[1:])
-    held_out = {f"eval_{name}" for name in ROLLOUT_METRICS} | {"eval_gain"}
-    held_out |= {"eval_loss", "eval_accuracy"} if mode == "offline" else set()
-    assert all((held_out <= set(row)) == (row["step"] % 2 == 0) for row in rows)
+    assert f"{straight}, step 4: gain {gain:.2f} over" in capsys.readouterr().out
+    assert [row["step"] for row in rows if "eval_reward" in row] == [0, 2, 4] and len(rows) == 5
+    assert ("frac_identical_pairs" in rows[1]) == (mode == "online") != ("eval_loss" in rows[0])
     assert all(math.isfinite(value) for row in rows for value in row.values())
-
-    assert rows[1]["loss"] == pytest.approx(math.log(2), abs=1e-6), "the policy starts at the reference"
-    assert [rows[1]["margin"], rows[0]["eval_kl"]] == pytest.approx([0, 0], abs=1e-5)
+    start = rows[1]["loss"], rows[1]["margin"], rows[0]["eval_kl"]  # at the reference
+    assert start == pytest.approx((math.log(2), 0, 0), abs=1e-5)
     assert abs(rows[2]["margin"]) > 1e-3 and abs(rows[4]["eval_kl"]) > 1e-3, "the reference stays behind"
-
     step_of_dpo = dpo.dpo_step
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr(dpo, "dpo_step", lambda step, *a: step_of_dpo(step, *a) if step < 4 else 1 / 0)
         train(chain, halves, patch, *flags)  # step 3 is done and logged, and the checkpoint is of step 2
-    assert [row["step"] for row in read_log(halves)] == [0, 1, 2, 3]
     resumed = train(chain, halves, monkeypatch, "--resume", *flags)
     assert (halves / "model.safetensors").read_bytes() == (straight / "model.safetensors").read_bytes()
     assert (halves / "samples_4.jsonl").read_bytes() == (straight / "samples_4.jsonl").read_bytes()
-    for a, b in zip(rows, resumed, strict=True):
-        assert a.keys() == b.keys() and all(a[name] == b[name] for name in a.keys() - {"seconds"})
+    assert [row | {"seconds": 0} for row in rows] == [row | {"seconds": 0} for row in resumed]
 
 
 def test_online_learns_from_the_order_of_the_scores_alone(chain, tmp_path, monkeypatch):
-    """Scores of three times the size rank alike and give the same weights. Negated scores give others, and
-    so do winners that are drawn."""
+    """Scores of three times the size give the same weights; negated ones and winners that are drawn give others."""
     read_score, weights, flags = dpo.read_score, [], flags_of("online", chain, tmp_path)
     for slope, labels in ((1, "ranked"), (3, "ranked"), (-1, "ranked"), (1, "sampled")):
-        monkeypatch.setattr(
-            dpo, "read_score", lambda *a, slope=slope, **batch: slope * read_score(*a, **batch)
-        )
-        more = ["--steps", 1, "--missing_eos_penalty", 0, "--labels", labels]
-        folder = tmp_path / f"{labels}{slope}"
-        train(chain, folder, monkeypatch, *flags, *more)
+        scale = lambda *a, slope=slope, **batch: slope * read_score(*a, **batch)  # noqa: E731
+        monkeypatch.setattr(dpo, "read_score", scale)
+        folder, more = tmp_path / f"{labels}{slope}", ["--missing_eos_penalty", 0, "--labels", labels]
+        train(chain, folder, monkeypatch, *flags, "--steps", 1, *more)
         weights.append((folder / "model.safetensors").read_bytes())
     assert weights[0] == weights[1] and len(set(weights)) == 3
 
 
 def test_offline_the_reward_model_only_evaluates(chain, tmp_path, monkeypatch, capsys):
-    """In passes over the data: 2 of 40 rows, in steps of 16."""
-    flags = [*flags_of("offline", chain, tmp_path), "--epochs", 2, "--minibatch_size", 16]
+    flags = [*flags_of("offline", chain, tmp_path), "--epochs", 2, "--minibatch_size", 16]  # 40 rows
     train(chain, tmp_path / "with", monkeypatch, *flags)
     rows = train(chain, tmp_path / "without", monkeypatch, *flags, "--reward_model", "none")
-    printed = capsys.readouterr().out.splitlines()[-1]
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("with", "without")]
-    assert weights[0] == weights[1]
-    assert rows[-1]["step"] == 5 and {"eval_loss", "eval_accuracy", "eval_kl"} <= set(rows[-1])
+    assert weights[0] == weights[1] and rows[-1]["step"] == 5
     assert not any("reward" in name or "gain" in name for row in rows for name in row)
-    assert "gain" not in printed and printed.endswith(f" and KL {rows[-1]['eval_kl']:.2f} nats/response")
+    assert capsys.readouterr().out.endswith(f" and KL {rows[-1]['eval_kl']:.2f} nats/response\n")
 
 
-@pytest.mark.parametrize(
-    "flags, words",
-    [
-        (["--beta", 0], "--beta 0.0 is out of range"),
-        (["--epochs", 0], "--epochs 0 is out of range"),
-        (["--dataset", "data/toy/prompts"], "data/toy/prompts has no columns"),
-        (["--reward_model", "out/nothing"], "cannot load out/sft, out/nothing or data/toy/preferences"),
-        (["--online", "--minibatch_size", 5], "--minibatch_size must divide --prompts_per_step"),
-        (["--online", "--reward_model", "none"], "--online ranks by reward"),
-    ],
-)
-def test_wrong_input_is_refused_before_anything_is_written(flags, words, chain, tmp_path, monkeypatch):
-    with pytest.raises(SystemExit, match=f"^error: {words}"):
-        train(chain, tmp_path / "run", monkeypatch, *flags)
+WRONG = {
+    "--dataset data/toy/prompts": "data/toy/prompts has no columns",
+    "--online --minibatch_size 5": "--minibatch_size must divide --prompts_per_step",
+    "--online --reward_model none": "--online ranks by reward",
+}
+
+
+@pytest.mark.parametrize("flags", WRONG)
+def test_wrong_input_is_refused_before_anything_is_written(flags, chain, tmp_path, monkeypatch):
+    with pytest.raises(SystemExit, match=f"^error: {WRONG[flags]}"):
+        train(chain, tmp_path / "run", monkeypatch, *flags.split())
     assert not (tmp_path / "run").exists()

@@ -1,12 +1,10 @@
-"""Log-probs, scores, masks, sampling and loading of the RL scripts against unpadded loops and the library's numbers.
-
-The models are tiny random GPT-2, Llama, GPT-NeoX and Qwen2 models, whose weights are so large that every token
-matters. The oracles run each row alone, without padding, in float64.
-"""
+"""Log-probs, scores, masks, sampling and loading against unpadded loops in float64 and the library's numbers."""
 
 import importlib
 import json
 import math
+import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -102,9 +100,8 @@ def test_logps_are_the_librarys_own_loss(lm):
     counted = torch.cat([torch.zeros_like(batch["prompt_mask"]), batch["response_mask"]], 1)
     output = lm(**inputs, labels=inputs["input_ids"].masked_fill(~counted, -100))
     mean = p3o.response_logps(lm, **batch).sum() / batch["response_mask"].sum()
-    assert output.loss.item() == pytest.approx(-mean.item(), abs=1e-6)
     found = sft.completion_loss(output.logits, inputs["input_ids"], counted)
-    assert found.item() == pytest.approx(output.loss.item(), abs=1e-6)
+    assert [-mean.item(), found.item()] == pytest.approx([output.loss.item()] * 2, abs=1e-6)
 
 
 def test_padding_changes_nothing(lm):
@@ -120,12 +117,10 @@ def test_padding_changes_nothing(lm):
         result = p3o.response_logps(lm, **padded)
         torch.testing.assert_close(result[:, :length], plain, atol=1e-6, rtol=1e-6)
         assert (result[:, length:] == 0).all()
-    for order in ([3, 1, 0, 2], [2]):
-        part = p3o.response_logps(lm, **batch_of([rows[b] for b in order], 0, 2))
-        torch.testing.assert_close(part, plain[order][:, : part.shape[1]], atol=1e-6, rtol=1e-6)
+    part = p3o.response_logps(lm, **batch_of([rows[b] for b in (3, 1)], 0, 2))
+    torch.testing.assert_close(part, plain[[3, 1], : part.shape[1]], atol=1e-6, rtol=1e-6)
 
 
-# ------------------------------------------------------------------------------------------ rollout and update
 ARGS = {"device": "cpu", "temperature": 0.9, "response_length": 6, "prompt_length": 9, "micro_batch_size": 2}
 ARGS |= {"num_responses": 3}
 SAMPLING = {"do_sample": True, "top_k": 0, "eos_token_id": EOS, "pad_token_id": EOS}
@@ -147,8 +142,7 @@ def rollout(name):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_rollout_numbers_equal_a_loop_and_the_first_ratio_is_exactly_one(name):
-    """Log-probs and score of a rollout, each row alone and unpadded, in float64. Old log-probs come from the
-    forward pass of training, so that on the same rows no bit differs."""
+    """Each row alone and unpadded, in float64. Old log-probs come from the forward pass of training."""
     batch, (policy, reference, scorer), prompts = rollout(name)
     for rows in (slice(0, 6), slice(6, 12)):
         new = p3o.response_logps(policy, **p3o.token_rows(batch, rows), temperature=0.9)
@@ -161,9 +155,9 @@ def test_rollout_numbers_equal_a_loop_and_the_first_ratio_is_exactly_one(name):
         assert batch["prompt_ids"][n][batch["prompt_mask"][n]].tolist() == prompt
         for which, model in models.items():
             assert_rows([batch[which][n]], [(prompt, ids)], [naive_logps(model, (prompt, ids), 0.9)], 1e-4)
-        hidden = scorer.base_model(torch.tensor([prompt + ids])).last_hidden_state[0, -1]
         ended = ids[-1] == EOS
-        expected = scorer.score(hidden).item() - (0 if ended else 1.0)
+        score = scorer(torch.tensor([prompt + ids])).logits.item()  # the library's own
+        expected = score - (0 if ended else 1.0)
         assert batch["ended"][n] == ended and batch["score"][n].item() == pytest.approx(expected, abs=1e-4)
     assert 0 < batch["ended"].sum() < 12, "both cases should occur"
 
@@ -187,10 +181,9 @@ def test_a_reward_is_n_finite_numbers_or_the_run_ends(script):
 
 
 @pytest.mark.parametrize("clipping", ["joint", "separate", "none"])
-@pytest.mark.parametrize("size", [1, 2])
-def test_an_update_descends_the_loss_of_its_prompts(clipping, size):
-    """After the policy has moved, on 3 of 4 prompts, whatever the micro-batches: the gradient of the loss over
-    log-probs of unpadded texts, one after another."""
+@pytest.mark.parametrize("size, max_norm", [(1, 1e9), (2, 1e9), (2, 0.5)])
+def test_an_update_descends_the_loss_of_its_prompts(clipping, size, max_norm):
+    """After the policy has moved, on 3 of 4 prompts: the gradient of the loss over log-probs of unpadded texts."""
     batch, (policy, *_), prompts = rollout("gpt2")
     reward = torch.randn(4, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     for parameter in policy.parameters():
@@ -206,27 +199,21 @@ def test_an_update_descends_the_loss_of_its_prompts(clipping, size):
         loss, clipped = p3o.pairwise_policy_gradient_loss(new, reward[minibatch]), 0.0
     else:
         loss, stats = p3o.p3o_loss(new, old, reward[minibatch], 0.2, clipping, 1.5)
-        clipped = stats["clip_fraction"]
-        assert 0 < clipped < 1, "both sides of the clip must occur"
+        assert 0 < (clipped := stats["clip_fraction"]) < 1, "both sides of the clip must occur"
     expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(policy.parameters()))])
-    options = {"clipping": clipping, "max_importance_weight": 1.5, "max_grad_norm": 1e9}
+    options = {"clipping": clipping, "max_importance_weight": 1.5, "max_grad_norm": max_norm}
     args = p3o.Args(**ARGS | {"micro_batch_size": size} | options)
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.1)  # its step shows the gradient
-
-    def update():
-        before = torch.nn.utils.parameters_to_vector(policy.parameters()).detach().clone()
-        metrics = p3o.update_policy(policy, optimizer, batch, reward, minibatch, args)
-        return metrics, before - torch.nn.utils.parameters_to_vector(policy.parameters()).detach()
-
-    metrics, moved = update()
-    assert expected.abs().max() > 0.1
-    torch.testing.assert_close(moved / 0.1, expected, rtol=1e-4, atol=1e-4)
-    wanted = {"loss": loss.item(), "clip_fraction": clipped, "grad_norm": expected.norm().item()}
+    before = torch.nn.utils.parameters_to_vector(policy.parameters()).detach().clone()
+    metrics = p3o.update_policy(policy, optimizer, batch, reward, minibatch, args)
+    moved = before - torch.nn.utils.parameters_to_vector(policy.parameters()).detach()
+    norm = expected.norm().item()
+    assert norm > 0.6
+    torch.testing.assert_close(moved / 0.1, expected * min(1, max_norm / norm), rtol=1e-4, atol=1e-4)
+    wanted = {"loss": loss.item(), "clip_fraction": clipped, "grad_norm": norm}
     wanted["log_ratio_max"] = (new - old).abs().max().item()
     assert {name: metrics[name] for name in wanted} == pytest.approx(wanted, rel=1e-4, abs=1e-4)
     assert all(p.grad is None for p in policy.parameters()), "gradient left over"
-    args.max_grad_norm, optimizer.param_groups[0]["lr"] = 1e-4, 10.0
-    assert update()[1].norm().item() / 10 == pytest.approx(1e-4, rel=1e-2), "clipped"
 
 
 def test_metrics_of_a_batch_by_hand():
@@ -242,30 +229,6 @@ def test_metrics_of_a_batch_by_hand():
         assert found == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_scores_are_the_librarys_own_on_unpadded_input(name):
-    """transformers' own forward, one row at a time, with its last-token rule: ids free of its pad id."""
-    scorer = make(name, 2, torch.float32, num_labels=1, pad_token_id=0)
-    rows = [[[max(x, 2) for x in part] for part in row] for row in draw(seed=9)]
-    with torch.no_grad():
-        expected = torch.stack([scorer(torch.tensor([p + r])).logits[0, 0] for p, r in rows]).float()
-    assert expected.std() > 0.1
-    for pad_id, left, right in ((0, 0, 0), (EOS, 5, 0), (7, 0, 4), (EOS, 3, 3)):
-        result = p3o.read_score(scorer, **batch_of(rows, pad_id, left, right))
-        assert result.dtype == torch.float32
-        torch.testing.assert_close(result, expected, atol=1e-5, rtol=1e-5)
-
-
-class Fixed:
-    """A policy whose answers are given."""
-
-    def __init__(self, answers):
-        self.answers = torch.tensor(answers)
-
-    def generate(self, input_ids, attention_mask, **options):
-        return torch.cat([input_ids, self.answers], 1)
-
-
 @pytest.mark.parametrize("pad", [EOS, 0])
 def test_the_first_eos_counts_and_nothing_behind_it_by_hand(pad):
     e, x = EOS, 9
@@ -274,20 +237,19 @@ def test_the_first_eos_counts_and_nothing_behind_it_by_hand(pad):
         (x, x, e, x): (3, True, "w9 w9"),
         (x, e, e, e): (2, True, "w9"),  # pad == EOS: the first one counts, once
         (e, x, e, x): (1, True, ""),
-        (x, x, x, e): (4, True, "w9 w9 w9"),
         (x, e, 0, 0): (2, True, "w9"),  # another pad
     }
+    answers = lambda input_ids, **options: torch.cat([input_ids, torch.tensor(list(cases))], 1)  # noqa: E731
     rows = [{"prompt": "w3", "prompt_ids": [3]}] * len(cases)
-    batch = p3o.sample_batch(Fixed(list(cases)), rows, 1, words(pad), p3o.Args(**ARGS))
+    batch = p3o.sample_batch(SimpleNamespace(generate=answers), rows, 1, words(pad), p3o.Args(**ARGS))
     assert batch["response_ids"].tolist() == [list(ids) for ids in cases]
     masks = [[t < count for t in range(4)] for count, _, _ in cases.values()]
     found = batch["response_mask"].tolist(), batch["ended"].tolist(), batch["response"]
     assert [*zip(*found)] == [(mask, *want[1:]) for mask, want in zip(masks, cases.values())]
 
 
-# --------------------------------------------------------------------------------------------------- sampling
 def policy_of_main(model, monkeypatch, folder, **options):
-    """The policy as p3o.py's main sets it up from a saved model, and the tokenizer. Step 0 has saved it to run/."""
+    """The policy as p3o.py's main sets it up from a saved model. Step 0 has saved it to run/."""
     model.save_pretrained(folder / "lm")
     (folder / "data").mkdir()
     for split in ("train", "validation"):
@@ -302,27 +264,26 @@ def policy_of_main(model, monkeypatch, folder, **options):
     places = {"model": folder / "lm", "dataset": folder / "data", "output_dir": folder / "run"}
     with pytest.raises(InterruptedError) as captured:
         p3o.main(p3o.Args(**{name: str(path) for name, path in places.items()}, device="cpu", **options))
-    return captured.value.args[0], words()
+    return captured.value.args[0]
 
 
-def sample(policy, tokenizer, prompts, K):
+def sample(policy, prompts, K):
     rows = [{"prompt": "", "prompt_ids": prompt} for prompt in prompts]
     torch.manual_seed(0)
-    batch = p3o.sample_batch(policy, rows, K, tokenizer, p3o.Args(device="cpu"))
+    batch = p3o.sample_batch(policy, rows, K, words(), p3o.Args(device="cpu"))
     return batch["response_ids"], batch["response_mask"]
 
 
 @pytest.mark.parametrize("name, temperature", [*zip(CONFIGS, [1.0, 0.7, 1.0, 0.7])])
 def test_samples_follow_the_models_own_distribution(name, temperature, monkeypatch, tmp_path):
-    """Two tokens sampled 2000 times from each of two prompts, against the exact probabilities of all outcomes
-    (chi-square), on a model whose own defaults (top-k, penalties, minimal length) would ruin it."""
+    """Against exact probabilities (chi-square), on a model whose own defaults (top-k, penalties) would ruin it."""
     model = make(name, 1, torch.float32, vocab_size=VOCAB, initializer_range=0.15)
     own = dict(do_sample=True, top_k=2, top_p=0.5, repetition_penalty=3.0, temperature=0.1, min_new_tokens=2)
     model.generation_config = GenerationConfig(**own)
     options = {"temperature": temperature, "prompt_length": 4, "response_length": 2}
-    policy, tokenizer = policy_of_main(model, monkeypatch, tmp_path, **options)
+    policy = policy_of_main(model, monkeypatch, tmp_path, **options)
     prompts, n = [[2, 5, 5, 3], [4]], 2000
-    ids, mask = sample(policy, tokenizer, prompts, n)
+    ids, mask = sample(policy, prompts, n)
     assert mask[:, 0].all() and torch.equal(mask[:, 1], ids[:, 0] != EOS)
 
     def exact(prompt, *before):
@@ -350,12 +311,11 @@ def assert_chi_square(counts, expected):
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_the_saved_policy_samples_as_in_training(name, monkeypatch, tmp_path):
-    """Plain transformers draws the same from the saved folder, which knows temperature, EOS and length, although
-    the model came with other ends of text and other sampling."""
+    """And so does plain transformers, although the model came with other ends of text and other sampling."""
     model = make(name, 1, torch.float32, eos_token_id=5, pad_token_id=7, initializer_range=0.1)
     model.generation_config = GenerationConfig(eos_token_id=[5, 6], do_sample=True, top_k=2)
     options = {"temperature": 0.8, "prompt_length": 4, "response_length": 8}
-    ids, mask = sample(*policy_of_main(model, monkeypatch, tmp_path, **options), [[3, 4]], 50)
+    ids, mask = sample(policy_of_main(model, monkeypatch, tmp_path, **options), [[3, 4]], 50)
     assert ids.shape == (50, 8) and EOS in ids and (ids[~mask] == EOS).all(), "ends at EOS"
     assert all((ids[:, 1:][ids[:, :-1] == token] != EOS).any() for token in (5, 6)), "and nowhere else"
     plain, prompt = AutoModelForCausalLM.from_pretrained(tmp_path / "run"), torch.tensor([[3, 4]] * 50)
@@ -363,7 +323,6 @@ def test_the_saved_policy_samples_as_in_training(name, monkeypatch, tmp_path):
     assert torch.equal(plain.generate(prompt, attention_mask=torch.ones_like(prompt))[:, 2:], ids)
 
 
-# ---------------------------------------------------------------------------------------------------- loading
 def saved(model, folder, tensors=None, **config):
     """Saves the model; tensors and config then change what is in the folder, but not the other one of the two."""
     model.save_pretrained(folder)
@@ -374,26 +333,11 @@ def saved(model, folder, tensors=None, **config):
     return str(folder)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_models_load_in_float32_and_without_dropout(name, tmp_path):
-    for kind, (auto, options) in enumerate(KINDS, 1):
-        model = make(name, kind, torch.bfloat16, **options, pad_token_id=0)
-        folder = saved(model, tmp_path / str(kind))
-        found = p3o.load_model(auto, folder, words(), p3o.Args(device="cpu"), **options)
-        assert type(found) is type(model) and found.dtype == torch.float32 and not found.training
-        assert all(
-            torch.equal(a, b.float()) for a, b in zip(found.parameters(), model.parameters(), strict=True)
-        )
-
-
-LORA, BIAS = {"model.layers.0.lora_A": torch.ones(2, 2)}, {"score.bias": torch.ones(1)}
+LORA = {"model.layers.0.lora_A": torch.ones(2, 2)}
 REFUSED = {  # name: (0 a policy, or 1 a reward model; what is made with the folder; a part of the line)
     "no score head": (1, ("gpt2", 1), {}, "lacks the weights ['score.weight']"),
-    "no lm head": (0, ("llama", 2), {}, "lacks the weights ['lm_head.weight']"),
     "a layer missing": (0, ("gpt2", 1), {"n_layer": 3}, "lacks the weights ['transformer.h.2."),
-    "a layer too many": (0, ("gpt2", 1), {"n_layer": 1}, "holds ['transformer.h.1."),
     "reward model as policy": (0, ("gpt2", 2), {}, "holds ['score.weight'], which would be ignored"),
-    "a bias of the score": (1, ("gpt2", 2), {"tensors": BIAS}, "holds ['score.bias']"),
     "LoRA": (0, ("qwen2", 1), {"tensors": LORA}, "lora_A'], which would be"),
     "few embeddings": (0, ("gpt2", 1, VOCAB - 1), {}, f"too few for token id {VOCAB - 1}; resize them"),
 }
@@ -406,24 +350,21 @@ def test_models_that_would_be_half_read_are_refused(case, tmp_path):
     folder = saved(model, tmp_path / "m", **changes)
     with pytest.raises(SystemExit) as stop:
         p3o.load_model(KINDS[as_reward][0], folder, words(), p3o.Args(device="cpu"), **KINDS[as_reward][1])
-    assert stop.value.code.startswith(f"error: {folder} ") and line in stop.value.code
-    assert "; " in stop.value.code and "\n" not in stop.value.code
+    assert re.fullmatch(f"error: {folder} .*{re.escape(line)}.*", stop.value.code) and "; " in stop.value.code
 
 
-def test_what_may_be_left_over_and_what_may_not(tmp_path):
-    """A reward model may carry the head of the language model that it began as. An adapter is not ignored."""
-    scorer, args = make("llama", 2, torch.float32, num_labels=1, pad_token_id=0), p3o.Args(device="cpu")
+def test_a_model_loads_in_float32_with_a_head_to_spare_but_without_an_adapter_and_in_its_positions(tmp_path):
+    """A reward model may carry the head of the language model that it began as."""
+    scorer, args = make("llama", 2, torch.bfloat16, num_labels=1, pad_token_id=0), p3o.Args(device="cpu")
     folder = saved(scorer, tmp_path / "m", tensors={"lm_head.weight": torch.ones(VOCAB, 32)})
-    assert p3o.load_model(KINDS[1][0], folder, words(), args, num_labels=1)
-    (tmp_path / "m/adapter_config.json").write_text("{}")
-    with pytest.raises(SystemExit, match=r"^error: .* holds \['adapter_config.json'\]"):
-        p3o.load_model(KINDS[1][0], folder, words(), args, num_labels=1)
-
-
-def test_texts_longer_than_the_positions_are_refused(tmp_path):
-    folder = saved(make("gpt2", 1, torch.float32), tmp_path / "m")
-    args = p3o.Args(device="cpu", prompt_length=32, response_length=32)
-    assert p3o.load_model(KINDS[0][0], folder, words(), args), "just short enough"
+    args.prompt_length = args.response_length = 32
+    load = lambda: p3o.load_model(KINDS[1][0], folder, words(), args, num_labels=1)  # noqa: E731
+    found = load()
+    assert found.dtype == torch.float32 and not found.training
+    assert all(map(torch.equal, found.parameters(), scorer.float().parameters()))
     args.response_length = 33
     with pytest.raises(SystemExit, match="takes at most 64 tokens; lower --prompt_length"):
-        p3o.load_model(KINDS[0][0], folder, words(), args)
+        load()
+    (tmp_path / "m/adapter_config.json").write_text("{}")
+    with pytest.raises(SystemExit, match=r"^error: .* holds \['adapter_config.json'\]"):
+        load()

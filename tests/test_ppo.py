@@ -1,8 +1,6 @@
-"""ppo.py against oracles that share no code with it: loops over floats, numpy, differences, tiny models.
+"""ppo.py against oracles that share no code with it: loops over floats, numpy, differences, tiny models."""
 
-Legend: N responses, R tokens of the longest; "garbage" is nan and inf behind a response's end.
-"""
-
+import itertools
 import json
 import math
 import random
@@ -11,7 +9,7 @@ import numpy
 import pytest
 import torch
 from conftest import word_tokenizer
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GPT2Config
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2Config
 
 import ppo
 import toy
@@ -19,13 +17,13 @@ import toy
 LENGTHS = [5, 1, 3, 2, 5, 1]
 
 
-def draw(seed=0, lengths=LENGTHS, spread=0.3):
-    """Float64 (logp_new, logp_old, advantages, mask), each (N, R), all finite."""
+def draw(seed=0):
+    """Float64 (logp_new, logp_old, advantages, mask), each (N, R), N responses of at most R tokens."""
     generator = torch.Generator().manual_seed(seed)
-    shape = len(lengths), max(lengths)
-    mask = torch.arange(shape[1]) < torch.tensor(lengths)[:, None]
+    shape = len(LENGTHS), max(LENGTHS)
+    mask = torch.arange(shape[1]) < torch.tensor(LENGTHS)[:, None]
     old = -3 * torch.rand(shape, generator=generator, dtype=torch.float64)
-    new = old + spread * torch.randn(shape, generator=generator, dtype=torch.float64)
+    new = old + 0.3 * torch.randn(shape, generator=generator, dtype=torch.float64)
     return new, old, torch.randn(shape, generator=generator, dtype=torch.float64), mask
 
 
@@ -40,22 +38,20 @@ def real(*tensors, mask):
     return [x[mask].tolist() for x in tensors]
 
 
-def gradient(loss, x):
-    leaf = x.detach().clone().requires_grad_()
-    return torch.autograd.grad(loss(leaf), leaf)[0]
-
-
-def central_differences(function, x, mask, step=1e-6):
-    """Of a function of the tensor x, in its entries under the mask; zero elsewhere."""
-    result = torch.zeros_like(x)
+def gradient_like_the_loop(loss, naive, x, mask):
+    """The gradient of loss(x) with garbage behind the ends, once value and gradient are those of a naive loop."""
+    leaf = with_garbage(x, mask).requires_grad_()
+    found, slopes = loss(leaf), torch.zeros_like(x)
     for place in mask.nonzero().tolist():
         move = torch.zeros_like(x)
-        move[tuple(place)] = step
-        result[tuple(place)] = (function(x + move) - function(x - move)) / (2 * step)
-    return result
+        move[tuple(place)] = 1e-6
+        slopes[tuple(place)] = (naive(x + move) - naive(x - move)) / 2e-6
+    gradient = torch.autograd.grad(found, leaf)[0]
+    assert found.shape == () and found.item() == pytest.approx(naive(x), rel=1e-12)
+    torch.testing.assert_close(gradient, slopes, rtol=0, atol=1e-8)
+    return gradient
 
 
-# ------------------------------------------------------------------------------------- token rewards and GAE
 def test_token_rewards_against_naive_loop():
     old, ref, _, mask = draw()
     score = torch.randn(len(LENGTHS), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -97,16 +93,6 @@ def test_masked_mean_and_whitening_against_numpy():
     assert ppo.masked_whiten(torch.full_like(x, 0.7), mask).abs().max() < 1e-3
 
 
-# ---------------------------------------------------------------------------------------------------- losses
-def naive_clip(new, old, advantages, clip_range):
-    """(loss, clip_fraction) of lists of floats."""
-    terms = []
-    for n, o, a in zip(new, old, advantages, strict=True):
-        rho = math.exp(n - o)
-        terms.append((rho * a, min(max(rho, 1 - clip_range), 1 + clip_range) * a))
-    return -sum(map(min, terms)) / len(terms), sum(held < free for free, held in terms) / len(terms)
-
-
 def naive_kl(new, old):
     return sum(math.exp(n - o) - 1 - (n - o) for n, o in zip(new, old, strict=True)) / len(new)
 
@@ -116,47 +102,27 @@ def test_clip_loss_gradient_and_stats_against_naive_loop(clip_range):
     new, old, advantages, mask = draw()
     dirty = [with_garbage(x, mask) for x in (old, advantages)]
 
-    def naive(x):
-        return naive_clip(*real(x, old, advantages, mask=mask), clip_range)[0]
+    def terms(x):
+        """(unclipped, clipped) of each token."""
+        for n, o, a in zip(*real(x, old, advantages, mask=mask)):
+            yield math.exp(n - o) * a, min(max(math.exp(n - o), 1 - clip_range), 1 + clip_range) * a
 
-    loss, stats = ppo.ppo_clip_loss(with_garbage(new, mask), *dirty, mask, clip_range)
-    _, clipped = naive_clip(*real(new, old, advantages, mask=mask), clip_range)
-    assert loss.shape == () and loss.item() == pytest.approx(naive(new), rel=1e-12)
-    assert stats["clip_fraction"] == pytest.approx(clipped, abs=1e-6)
-    assert stats["approx_kl"] == pytest.approx(naive_kl(*real(new, old, mask=mask)), rel=1e-9)
-    assert stats["log_ratio_max"] == pytest.approx((new - old)[mask].abs().max().item(), rel=1e-12)
+    loss = lambda x: ppo.ppo_clip_loss(x, *dirty, mask, clip_range)  # noqa: E731
+    naive = lambda x: -sum(map(min, terms(x))) / sum(LENGTHS)  # noqa: E731
+    grad = gradient_like_the_loop(lambda x: loss(x)[0], naive, new, mask)
+    clipped = sum(held < free for free, held in terms(new)) / sum(LENGTHS)
+    expected = {"clip_fraction": clipped, "approx_kl": naive_kl(*real(new, old, mask=mask))}
+    expected["log_ratio_max"] = (new - old)[mask].abs().max().item()
+    assert loss(with_garbage(new, mask))[1] == pytest.approx(expected, rel=1e-6)
     assert 0 < clipped < 1 or clip_range == math.inf, "both sides of the clip must occur"
-    grad = gradient(lambda x: ppo.ppo_clip_loss(x, *dirty, mask, clip_range)[0], with_garbage(new, mask))
-    torch.testing.assert_close(grad, central_differences(naive, new, mask), rtol=0, atol=1e-8)
     rho = (new - old).exp()
     removed = ((rho > 1 + clip_range) & (advantages > 0)) | ((rho < 1 - clip_range) & (advantages < 0))
     assert torch.equal(grad == 0, removed | ~mask), "no gradient outside the mask nor where the clip acts"
 
+    def penalized(x):
+        return 0.7 * naive_kl(*real(x, old, mask=mask)) - sum(free for free, _ in terms(x)) / sum(LENGTHS)
 
-def test_penalty_loss_and_gradient_against_naive_loop():
-    new, old, advantages, mask = draw(seed=5)
-    dirty = [with_garbage(x, mask) for x in (old, advantages)]
-
-    def naive(x):
-        floats = real(x, old, advantages, mask=mask)
-        surrogate = sum(math.exp(n - o) * a for n, o, a in zip(*floats)) / sum(LENGTHS)
-        return 0.7 * naive_kl(*floats[:2]) - surrogate
-
-    loss, stats = ppo.ppo_penalty_loss(with_garbage(new, mask), *dirty, mask, penalty=0.7)
-    assert loss.item() == pytest.approx(naive(new), rel=1e-12) and stats["clip_fraction"] == 0
-    grad = gradient(lambda x: ppo.ppo_penalty_loss(x, *dirty, mask, 0.7)[0], with_garbage(new, mask))
-    torch.testing.assert_close(grad, central_differences(naive, new, mask), rtol=0, atol=1e-8)
-
-
-def test_approx_kl_is_unbiased_for_kl_from_old_to_new():
-    """Its expectation under pi_old over a whole vocabulary is KL(pi_old || pi), not the other KL."""
-    logits = torch.randn(2, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    old, new = logits.log_softmax(-1)
-    exact = (old.exp() * (old - new)).sum().item()
-    one = torch.ones(1, 1, dtype=torch.bool)
-    estimates = [ppo.importance_ratio(new[None, t, None], old[None, t, None], one)[1] for t in range(6)]
-    assert sum(p * k for p, k in zip(old.exp(), estimates)).item() == pytest.approx(exact, rel=1e-12)
-    assert abs((new.exp() * (new - old)).sum().item() - exact) > 0.01
+    gradient_like_the_loop(lambda x: ppo.ppo_penalty_loss(x, *dirty, mask, 0.7)[0], penalized, new, mask)
 
 
 @pytest.mark.parametrize("clip_range", [0.2, math.inf, None])
@@ -169,10 +135,8 @@ def test_value_loss_and_gradient_against_naive_loop(clip_range):
         errors = [((v - r) ** 2, (o + min(max(v - o, -limit), limit) - r) ** 2) for v, o, r in lists]
         return sum(map(max, errors)) / 2 / sum(LENGTHS)
 
-    loss = ppo.value_loss(with_garbage(new, mask), *dirty, mask, clip_range)
-    assert loss.shape == () and loss.item() == pytest.approx(naive(new), rel=1e-12)
-    grad = gradient(lambda x: ppo.value_loss(x, *dirty, mask, clip_range), with_garbage(new, mask))
-    torch.testing.assert_close(grad, central_differences(naive, new, mask), rtol=0, atol=1e-8)
+    loss = lambda x: ppo.value_loss(x, *dirty, mask, clip_range)  # noqa: E731
+    grad = gradient_like_the_loop(loss, naive, new, mask)
     assert (grad[mask] == 0).any() == (clip_range == 0.2) and (grad[mask] != 0).any()
 
 
@@ -183,14 +147,12 @@ def test_extreme_ratios_leave_loss_and_gradient_finite(loss, shift):
     new, old, advantages, mask = (x.float() if x.is_floating_point() else x for x in draw())
     far, held = new.clone(), new.clone()
     far[0, 2], held[0, 2] = old[0, 2] + shift, old[0, 2] + math.copysign(20, shift)
-    found, stats = loss(far, old, advantages, mask, 0.3)
-    assert found.item() == pytest.approx(loss(held, old, advantages, mask, 0.3)[0].item(), rel=1e-4)
-    assert stats["log_ratio_max"] == pytest.approx(1000, rel=1e-4)
-    grad = gradient(lambda x: loss(x, old, advantages, mask, 0.3)[0], far)
+    found, exact = (loss(x, old, advantages, mask, 0.3)[0] for x in (far.requires_grad_(), held))
+    assert found.item() == pytest.approx(exact.item(), rel=1e-4)
+    grad = torch.autograd.grad(found, far)[0]
     assert grad.isfinite().all() and grad[0, 2] == 0 and (grad[mask] != 0).any()
 
 
-# ------------------------------------------------------------------------- running statistics, adaptive beta
 @pytest.mark.parametrize("shift_mean", [True, False])
 @pytest.mark.parametrize("clip", [None, 0.8])
 def test_running_normalizer_against_numpy_over_everything_seen_also_after_resume(shift_mean, clip):
@@ -214,63 +176,22 @@ def test_adaptive_beta_by_hand():
     assert ppo.adaptive_beta(0.5, 0.0, target=1.0, horizon=1, n=128) == pytest.approx(0.4)
 
 
-def test_equivalent_rewards_change_ppo():
-    """r + delta(x) says the same of every pair of responses, yet gives PPO advantages of other sign."""
-    generator = torch.Generator().manual_seed(0)
-    score = torch.randn(20, 2, generator=generator, dtype=torch.float64)
-    offset = torch.randn(20, 1, generator=generator, dtype=torch.float64)
-    old, ref, _, mask = draw(lengths=[4, 2] * 20)
-    found = []
-    for scores in (score, score + 3 * offset):
-        reward = ppo.token_rewards(scores.flatten(), old, ref, mask, beta=0.1)
-        found.append(ppo.masked_whiten(ppo.gae(reward, torch.zeros_like(reward), mask)[0], mask))
-    assert ((found[0] * found[1])[mask] < 0).float().mean() > 0.2
-
-
-# ----------------------------------------------------------------------------------------------- tiny models
 TINY = dict(vocab_size=11, n_positions=32, n_embd=16, n_layer=2, n_head=2, initializer_range=0.3)
 TINY |= dict(resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, bos_token_id=None, eos_token_id=1, pad_token_id=0)
 SIZES = {"device": "cpu", "micro_batch_size": 4, "minibatch_size": 4}
 TOKENIZER = word_tokenizer(11, pad=0)
 
 
-def tiny_models(dtype=torch.float64):
-    """Policy and critic, whose head is in float32 whatever the dtype."""
+def prepared(args):
+    """A policy, a critic in float64 but for its head, both moved a little since the batch; the batch; its texts."""
     torch.manual_seed(0)
     kinds = AutoModelForCausalLM, AutoModelForSequenceClassification
-    policy, critic = (kind.from_config(GPT2Config(**TINY, num_labels=1)).to(dtype).eval() for kind in kinds)
+    policy, critic = (kind.from_config(GPT2Config(**TINY, num_labels=1)).double().eval() for kind in kinds)
     critic.score.float()
-    return policy, critic
-
-
-def tiny_batch(args):
-    """Four prompts with K responses each, all of different lengths: as lists, and padded."""
-    rng = random.Random(0)
-    prompts = [
-        [rng.randrange(2, 11) for _ in range(n)] for n in (3, 1, 6, 2) for _ in range(args.num_responses)
-    ]
-    responses = [[rng.randrange(2, 11) for _ in range(rng.randrange(8))] + [1] for _ in prompts]
-    return prompts, responses, ppo.pad_rows(prompts, responses, TOKENIZER, args)
-
-
-def test_values_are_those_before_each_token_and_the_score_that_after_the_last():
-    """Against transformers' own forward, unpadded: V_t has seen the prompt and t response tokens."""
-    critic = tiny_models(torch.float32)[1]
-    prompts, responses, batch = tiny_batch(ppo.Args(**SIZES))
-    with torch.no_grad():
-        values, score = ppo.read_values(critic, **batch), ppo.read_score(critic, **batch)
-        for row, (prompt, response) in enumerate(zip(prompts, responses)):
-            texts = [torch.tensor([prompt + response[:t]]) for t in range(len(response) + 1)]
-            alone = [critic(text).logits.item() for text in texts]
-            found = [*values[row, : len(response)].tolist(), score[row].item()]
-            assert found == pytest.approx(alone, abs=1e-5)
-
-
-def prepared(args):
-    """A batch with log-probs, values, advantages and returns, and tiny models that have moved a little since."""
-    policy, critic = tiny_models()
-    _, _, batch = tiny_batch(args)
-    generator = torch.Generator().manual_seed(2)
+    rng, generator = random.Random(0), torch.Generator().manual_seed(2)
+    draw_ids = lambda n: [rng.randrange(2, 11) for _ in range(n)]  # noqa: E731
+    texts = [(draw_ids(n), draw_ids(rng.randrange(8)) + [1]) for n in (3, 3, 1, 1, 6, 6, 2, 2)]
+    batch = ppo.pad_rows(*zip(*texts), TOKENIZER, args)
     with torch.no_grad():
         more = {"logp_old_tok": ppo.response_logps(policy, **batch, temperature=args.temperature)}
         batch |= more | {"value_old_tok": ppo.read_values(critic, **batch)}
@@ -278,39 +199,25 @@ def prepared(args):
         batch[name] = torch.randn(batch["response_ids"].shape, generator=generator)
     for parameter in [*policy.parameters(), *critic.parameters()]:
         parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-    return policy, critic, batch
-
-
-class Keep:
-    """An optimizer that moves nothing and keeps the gradients of each model, or None where there is none."""
-
-    def __init__(self, *models):
-        self.models, self.seen = models, None
-
-    def step(self):
-        grads = [[p.grad.flatten() for p in m.parameters() if p.grad is not None] for m in self.models]
-        self.seen = [torch.cat(grad) if grad else None for grad in grads]
-
-    def zero_grad(self):
-        for model in self.models:
-            model.zero_grad()
+    return policy, critic, batch, texts
 
 
 DEMONSTRATIONS = [{"prompt_ids": [3] * n, "response_ids": [[5, 6, 7, 4, 2][:n] + [1]]} for n in (1, 2, 3, 5)]
 
 
 def gradients_of_a_step(learns=True, **flags):
-    """[gradient of the policy, of the critic] and metrics of an optimizer step."""
+    """(gradient of the policy, of the critic) and metrics of an optimizer step."""
     args = ppo.Args(**SIZES | {"max_grad_norm": 1e9} | flags)
-    policy, critic, batch = prepared(args)
-    policy.requires_grad_(learns)
-    optimizer = Keep(policy, critic)
+    *models, batch, _ = prepared(args)
+    models[0].requires_grad_(learns)
+    parameters = [p for model in models for p in model.parameters()]
+    optimizer = torch.optim.SGD(parameters, lr=0.1)  # its step shows the gradient
+    flat = lambda: [torch.cat([p.detach().double().flatten() for p in m.parameters()]) for m in models]  # noqa: E731
+    before, order = flat(), torch.tensor([2, 0, 3, 1])
     torch.manual_seed(0)
-    order = torch.tensor([2, 0, 3, 1])
-    metrics = ppo.update_models(policy, critic, optimizer, batch, order, DEMONSTRATIONS, TOKENIZER, args)
-    left = [p for model in (policy, critic) for p in model.parameters() if p.grad is not None]
-    assert not left, "the next step starts without gradients"
-    return optimizer.seen, metrics
+    metrics = ppo.update_models(*models, optimizer, batch, order, DEMONSTRATIONS, TOKENIZER, args)
+    assert all(p.grad is None for p in parameters), "the next step starts without gradients"
+    return [(was - now) / 0.1 for was, now in zip(before, flat())], metrics
 
 
 @pytest.mark.parametrize("value_clip_range, size", [(0.05, 1), (math.inf, 3)])
@@ -318,37 +225,33 @@ def test_step_gradient_is_that_of_the_formulas(value_clip_range, size):
     """The whole step, in micro-batches, with demonstrations, against autograd through loops over tokens."""
     flags = {"ptx_coef": 0.4, "temperature": 0.7, "value_clip_range": value_clip_range}
     found_both, metrics = gradients_of_a_step(**flags, micro_batch_size=size)
-    args = ppo.Args(**SIZES | flags)
-    policy, critic, batch = prepared(args)
+    policy, critic, batch, texts = prepared(ppo.Args(**SIZES | flags))
     torch.manual_seed(0)
     chosen = [DEMONSTRATIONS[i] for i in torch.randint(4, (4,))]
-    prompts, responses, _ = tiny_batch(args)
     surrogate = value_error = likelihood = 0.0
-    for row, (prompt, response) in enumerate(zip(prompts, responses)):
-        text = torch.tensor([prompt + response])
-        table = (policy(text).logits[0] / 0.7).log_softmax(-1)
-        hidden = critic.score(critic.transformer(text).last_hidden_state.float())[0, :, 0]
+    table = lambda *ids: (policy(torch.tensor([sum(ids, [])])).logits[0] / 0.7).log_softmax(-1)  # noqa: E731
+    for row, (prompt, response) in enumerate(texts):
+        logps = table(prompt, response)
+        hidden = critic.transformer(torch.tensor([prompt + response])).last_hidden_state
+        value = critic.score(hidden.float())[0, :, 0]
         for t, token in enumerate(response):
             here = len(prompt) + t - 1
-            rho = (table[here, token] - batch["logp_old_tok"][row, t]).exp()
+            rho = (logps[here, token] - batch["logp_old_tok"][row, t]).exp()
             a, old, target = (batch[name][row, t] for name in ("advantages", "value_old_tok", "returns"))
             surrogate = surrogate + torch.minimum(rho * a, rho.clamp(0.8, 1.2) * a)
-            held = old + (hidden[here] - old).clamp(-value_clip_range, value_clip_range)
-            value_error = value_error + torch.maximum((hidden[here] - target) ** 2, (held - target) ** 2) / 2
+            held = old + (value[here] - old).clamp(-value_clip_range, value_clip_range)
+            value_error = value_error + torch.maximum((value[here] - target) ** 2, (held - target) ** 2) / 2
     for row in chosen:
         prompt, (response,) = row["prompt_ids"], row["response_ids"]
-        table = (policy(torch.tensor([prompt + response])).logits[0] / 0.7).log_softmax(-1)
-        likelihood = likelihood + sum(table[len(prompt) + t - 1, token] for t, token in enumerate(response))
-    tokens, demonstrated = sum(map(len, responses)), sum(len(row["response_ids"][0]) for row in chosen)
-    policy_loss = -surrogate / tokens
-    (policy_loss - 0.4 * likelihood / demonstrated).backward()
-    (value_error / tokens).backward()
+        likelihood += table(prompt, response)[len(prompt) - 1 : -1][range(len(response)), response].sum()
+    tokens, demonstrated = sum(len(y) for _, y in texts), sum(len(row["response_ids"][0]) for row in chosen)
+    ((value_error - surrogate) / tokens - 0.4 * likelihood / demonstrated).backward()
     for model, found in zip((policy, critic), found_both, strict=True):
-        exact = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        exact = torch.cat([p.grad.double().flatten() for p in model.parameters()])
         torch.testing.assert_close(found, exact, rtol=1e-3, atol=1e-5)
-    assert metrics["loss"] == pytest.approx(policy_loss.item(), rel=1e-4)
-    assert metrics["value_loss"] == pytest.approx(value_error.item() / tokens, rel=1e-4)
-    assert metrics["ptx_logp"] == pytest.approx(likelihood.item() / demonstrated, rel=1e-4)
+    expected = [-surrogate / tokens, value_error / tokens, likelihood / demonstrated]
+    found = [metrics[name] for name in ("loss", "value_loss", "ptx_logp")]
+    assert found == pytest.approx([value.item() for value in expected], rel=1e-4)
 
 
 def test_gradients_are_clipped_for_each_model_and_a_policy_that_does_not_learn_gets_none():
@@ -357,11 +260,10 @@ def test_gradients_are_clipped_for_each_model_and_a_policy_that_does_not_learn_g
     assert clipped["grad_norm"] > 0.02 and clipped["critic_grad_norm"] > 0.02
     (policy, critic), metrics = gradients_of_a_step(ptx_coef=0.4, learns=False)
     (_, expected), others = gradients_of_a_step(ptx_coef=0.4)
-    assert policy is None and torch.equal(critic, expected)
+    assert (policy == 0).all() and torch.equal(critic, expected)
     assert metrics == pytest.approx(others | {"grad_norm": 0.0}, rel=1e-6)
 
 
-# ------------------------------------------------------------------------------------------------ short runs
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
     """Random models over the toy's words, and a few of its rows: what the stages before PPO would leave."""
@@ -372,21 +274,18 @@ def world(tmp_path_factory):
     for name, kind in (("sft", AutoModelForCausalLM), ("reward_model", AutoModelForSequenceClassification)):
         kind.from_config(config).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
-    rng = random.Random(0)
-    pairs = [(place, aspect) for place in toy.PLACES for aspect in toy.ASPECTS]
+    pairs = itertools.product(toy.PLACES, toy.ASPECTS)
     requests = [(f"write about the {place} and its {aspect} .", place, aspect) for place, aspect in pairs]
-    for folder_name, kind in (("prompts", "prompts"), ("demonstrations", "sft")):
-        (folder / folder_name).mkdir()
+    for name, kind in (("prompts", "prompts"), ("demonstrations", "sft")):
+        rows = "".join(json.dumps(row) + "\n" for row in toy.make_rows(kind, requests, 12, random.Random(0)))
+        (folder / name).mkdir()
         for split in ("train", "validation"):
-            rows = [json.dumps(row) + "\n" for row in toy.make_rows(kind, requests, 12, rng)]
-            (folder / folder_name / f"{split}.jsonl").write_text("".join(rows))
+            (folder / name / f"{split}.jsonl").write_text(rows)
     return folder
 
 
 SMALL = ["--device", "cpu", "--minibatch_size", 2, "--prompts_per_step", 4, "--prompt_length", 12]
 SMALL += ["--response_length", 6, "--eval_prompts", 4, "--eval_every", 100]
-
-
 PATHS = dict(model="sft", reward_model="reward_model", dataset="prompts", ptx_dataset="demonstrations")
 
 
@@ -404,50 +303,35 @@ def plain_run(world, tmp_path_factory):
     return folder, run(world, folder, steps=2)
 
 
-EVALUATED = "reward", "kl", "entropy", "response_length", "eos_rate"
-TIMELESS = {*EVALUATED, "loss", "clip_fraction", "log_ratio_max", "grad_norm", "critic_grad_norm"}
-TIMELESS |= {"value_loss", "explained_variance", "approx_kl", "beta"}
+EVALUATED = "reward kl entropy response_length eos_rate".split()
+TIMELESS = (
+    "loss clip_fraction log_ratio_max grad_norm critic_grad_norm value_loss explained_variance approx_kl"
+)
+TIMELESS = {*EVALUATED, *TIMELESS.split(), "beta"}
 
 
 def test_metrics_and_files_of_a_run(world, plain_run):
     folder, rows = plain_run
-    evaluated, trained = (
-        {"step", "eval_gain", *(f"eval_{name}" for name in EVALUATED)},
-        TIMELESS | {"seconds"},
-    )
+    evaluated = {"step", "eval_gain", *(f"eval_{name}" for name in EVALUATED)}
+    trained = TIMELESS | {"seconds"}
     assert [set(row) for row in rows] == [evaluated, trained | {"step"}, trained | evaluated]
-    assert all(math.isfinite(value) for row in rows for value in row.values())
     assert rows[1]["kl"] == pytest.approx(0, abs=1e-4) and abs(rows[2]["kl"]) > 1e-4
     critic = AutoModelForSequenceClassification.from_pretrained(folder / "critic")
-    assert len(AutoTokenizer.from_pretrained(folder / "critic")) > 10
     saved = torch.load(folder / "checkpoint.pt", weights_only=True)
     for model, name in ((AutoModelForCausalLM.from_pretrained(folder), "model"), (critic, "critic")):
         assert all(torch.equal(value, saved[name][key]) for key, value in model.state_dict().items())
-    start = AutoModelForSequenceClassification.from_pretrained(world / "reward_model")
-    assert not torch.equal(start.score.weight, critic.score.weight), "the critic has learnt"
     rates = [group["lr"] for group in saved["optimizer"]["param_groups"]]
     assert rates == [ppo.Args.learning_rate / 2, ppo.Args.critic_learning_rate / 2], "step 2 of 2"
 
 
-def rollout(world, folder, *flags):
-    """The batch as train_step hands it to the updates in step 1, with the metrics of the step."""
-    seen = []
-
-    def update_models(policy, critic, optimizer, batch, *rest):
-        seen.append(batch)
-        return {"log_ratio_max": 0.0}
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ppo, "update_models", update_models)
-        row = run(world, folder, *flags)[1]
-    return seen[0], row
-
-
-def test_advantages_returns_and_their_metrics(world, tmp_path):
-    """Of values that were read without padding. Returns and metrics are those before whitening."""
-    flags = "--micro_batch_size", 1, "--gamma", 0.9, "--lam", 0.5
-    batch, row = rollout(world, tmp_path / "plain", *flags, "--whiten_advantages", "false")
-    white, white_row = rollout(world, tmp_path / "white", *flags)
+def test_advantages_returns_and_their_metrics(world, tmp_path, monkeypatch):
+    """As the updates get them, of values read without padding. Returns and metrics are those before whitening."""
+    batches, flags = [], ["--micro_batch_size", 1, "--gamma", 0.9, "--lam", 0.5]
+    keep = lambda *args: batches.append(args[3]) or {"log_ratio_max": 0.0}  # noqa: E731
+    monkeypatch.setattr(ppo, "update_models", keep)
+    row = run(world, tmp_path / "plain", *flags, "--whiten_advantages", "false")[1]
+    white_row = run(world, tmp_path / "white", *flags)[1]
+    batch, white = batches[0], batches[-1]
     critic = AutoModelForSequenceClassification.from_pretrained(world / "reward_model").eval()
     mask = batch["response_mask"]
     value = torch.zeros(mask.shape, dtype=torch.float64)
@@ -466,13 +350,11 @@ def test_advantages_returns_and_their_metrics(world, tmp_path):
     assert white["advantages"][mask].tolist() == pytest.approx(expected.tolist(), abs=1e-3)
     assert torch.equal(white["returns"], batch["returns"])
     assert all(white_row[name] == row[name] for name in TIMELESS & set(row))
-    clipped, _ = rollout(world, tmp_path / "clipped", *flags, "--advantage_clip", 0.5)
-    torch.testing.assert_close(clipped["advantages"], white["advantages"].clamp(-0.5, 0.5))
 
 
 FLAGS = """--policy_loss penalty --penalty_coef 50, --lam 0, --clip_range 0.001, --value_clip_range 0.001
 --normalize_reward true, --scale_reward, --reward_clip 0.01, --critic_init sft, --dtype bfloat16 --ptx_coef 0.1
---epochs 1 --num_responses 1 --micro_batch_size 1 --beta 0, --reward_shift 5
+--epochs 1 --num_responses 1 --micro_batch_size 1 --beta 0, --advantage_clip 0.01, --reward_shift 5
 --missing_eos_penalty 5 --temperature 0.5 --minibatch_size 4"""  # the others have tests of their own
 
 
@@ -482,15 +364,17 @@ def test_every_flag_runs_and_changes_the_run(world, plain_run, tmp_path, flags):
     rows = run(world, tmp_path / "run", *flags.split())
     assert any(rows[1].get(name) != plain_run[1][1][name] for name in TIMELESS)
     assert all(math.isfinite(value) for row in rows for value in row.values())
-    if "--critic_init" in flags:
-        assert rows[1]["explained_variance"] == 0, "V = 0 at first"
     assert "--reward_shift" not in flags or rows[1]["reward"] == plain_run[1][1]["reward"], "not reported"
 
 
 def test_adaptive_beta_moves_by_the_kl_of_each_rollout_after_the_critics_first_steps(world, tmp_path):
-    flags = "--beta", 0.2, "--kl_target", 0.001, "--kl_horizon", 8, "--learning_rate", 0.01
+    """Until then the policy does not move, and its KL of 0 says nothing."""
+    flags = "--beta", 0.2, "--kl_target", 0.001, "--kl_horizon", 8, "--learning_rate", 0.01, "--ptx_coef", 0.1
     rows = run(world, tmp_path / "run", *flags, "--critic_warmup_steps", 1, steps=4)
-    assert rows[1]["beta"] == rows[2]["beta"] == 0.2 != rows[3]["beta"], "KL 0 of the first says nothing"
+    assert rows[1]["kl"] == rows[2]["kl"] == 0 == rows[1]["grad_norm"] < rows[2]["grad_norm"]
+    assert rows[1]["ptx_logp"] < 0 < rows[1]["critic_grad_norm"]
+    assert rows[2]["value_loss"] != rows[1]["value_loss"] and rows[3]["kl"] != 0
+    assert rows[1]["beta"] == rows[2]["beta"] == 0.2 != rows[3]["beta"]
     for row, later in zip(rows[2:], rows[3:]):
         step = min(max(row["kl"] / 0.001 - 1, -0.2), 0.2)  # the horizon is the 8 responses of one step
         assert later["beta"] == pytest.approx(row["beta"] * (1 + step), rel=1e-12)
@@ -498,23 +382,11 @@ def test_adaptive_beta_moves_by_the_kl_of_each_rollout_after_the_critics_first_s
     assert saved == ppo.adaptive_beta(rows[4]["beta"], rows[4]["kl"], 0.001, 8, 8)
 
 
-def test_critic_pretraining_leaves_the_policy_alone(world, tmp_path):
-    rows = run(world, tmp_path / "run", "--critic_warmup_steps", 2, "--ptx_coef", 0.1, steps=3)
-    assert rows[1]["kl"] == rows[2]["kl"] == rows[3]["kl"] == 0 == rows[2]["grad_norm"] < rows[3]["grad_norm"]
-    assert rows[1]["ptx_logp"] < 0 and rows[3]["eval_kl"] != 0
-    assert rows[2]["value_loss"] != rows[1]["value_loss"] and rows[1]["critic_grad_norm"] > 0
-
-
-PPO_MAX = ppo.PRESETS["ppo_max"]
-
-
 def test_presets_set_defaults_and_a_flag_that_is_given_wins():
     """On either side of --preset, and also where its value is the default without the preset."""
-    plain, chosen = ppo.Args(), {"preset": "ppo_max", **PPO_MAX}
+    plain, chosen = ppo.Args(), {"preset": "ppo_max", **ppo.PRESETS["ppo_max"]}
     assert ppo.parse_args([]) == ppo.parse_args(["--preset", "ppo"]) == plain
-    assert ppo.parse_args(["--preset=ppo_max"]) == ppo.Args(**chosen)
-    assert ppo.parse_args(["--dataset", "ppo_max", "--output_dir", "preset"]).beta == plain.beta
-    for name in PPO_MAX:
+    for name in ppo.PRESETS["ppo_max"]:
         value = math.inf if name == "reward_clip" else getattr(plain, name)
         given = [f"--{name}", str(value)]
         for words in (["--preset", "ppo_max", "=".join(given)], [*given, "--preset=ppo_max"]):
@@ -523,8 +395,6 @@ def test_presets_set_defaults_and_a_flag_that_is_given_wins():
 
 WRONG = {
     "--gamma 1.5": "--gamma and --lam must be at most 1",
-    "--critic_learning_rate 0": "--critic_learning_rate 0.0 is out of range",
-    "--value_clip_range nan": "--value_clip_range nan is out of range",
     "--minibatch_size 3": "--minibatch_size must divide --prompts_per_step",
     "--ptx_coef 1 --ptx_dataset prompts": "prompts has no columns",
     "--critic_init sft --reward_model sft": "sft lacks the weights ['score.weight']",
