@@ -239,7 +239,12 @@ def test_names_of_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match="run p3o.py first"):
         evaluate.find_runs([])
-    for name, arguments in {"a/p3o": {"beta": 1}, "b/p3o": {"beta": 1}, "out/sft": {"beta": 1}, "out/x": {}}.items():
+    for name, arguments in {
+        "a/p3o": {"beta": 1},
+        "b/p3o": {"beta": 1},
+        "out/sft": {"beta": 1},
+        "out/x": {},
+    }.items():
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "args.json").write_text(json.dumps({"args": arguments}))
         (tmp_path / name / "model.safetensors").touch()

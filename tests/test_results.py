@@ -79,7 +79,9 @@ def test_the_first_page_gives_the_answer_of_every_question():
         heading = f"## [{title.strip('# ')}]({question}/README.md)"
         assert heading in first and f"]({question}/picture.png)" in first
         for line in lib.read_lines(RESULTS / question / "runs.jsonl"):
-            assert not {"prompt", "response", "text", "samples"} & set(line) and "Human:" not in json.dumps(line)
+            assert not {"prompt", "response", "text", "samples"} & set(line) and "Human:" not in json.dumps(
+                line
+            )
 
 
 # ------------------------------------------------------------------------------------------------ statistics
@@ -119,7 +121,9 @@ def test_a_method_with_a_known_share_of_the_optimum_gets_it_back():
     kls = [0.01 * i for i in range(801)]
     found = SimpleNamespace(sft={"reward": 1.0}, optimum={"kl": kls, "reward": [1 + 2 * x**0.5 for x in kls]})
     assert toy_task.best_gain(found, 2.25) == pytest.approx(3.0) and toy_task.best_gain(found, 8.1) is None
-    points = [{"kl": kl, "share": 0.95 - 0.1 * kl**0.5} for kl in (2.5, 0.05, 0.9)] + [{"kl": 9, "share": None}]
+    points = [{"kl": kl, "share": 0.95 - 0.1 * kl**0.5} for kl in (2.5, 0.05, 0.9)] + [
+        {"kl": 9, "share": None}
+    ]
     for kl in (0.05, 0.3, 1.0, 2.5):
         expected = (0.95 - 0.1 * kl**0.5) * 2 * kl**0.5
         assert frontier.gain_at(found, points, kl) == pytest.approx(expected)
@@ -234,7 +238,9 @@ def test_a_leftover_folder_of_another_setting_is_refused(world, tmp_path):
     shutil.rmtree(folder)
     calls = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lib, "call", lambda script, *words, **_: (calls.append(words), folder.mkdir(exist_ok=True)))
+        patch.setattr(
+            lib, "call", lambda script, *words, **_: (calls.append(words), folder.mkdir(exist_ok=True))
+        )
         lib.train_run(first, folder, paths, {})
         lib.train_run(first, folder, paths, {})  # it has ended: nothing to do
         assert calls == [()]
