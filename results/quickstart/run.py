@@ -67,9 +67,12 @@ def tables(found):
     row["wins against SFT"] = tuple(policies["p3o"]["win_rate_vs"]["sft"])
     first = found.points[0]
     about = f"{first['hardware']}, torch {first['torch']}, commit {first['commit']}"
-    source = f"Run on {about}. The first six commands took {first['chain_seconds']} seconds. In brackets: 95%"
-    source += " intervals, bootstrap over the prompts."
-    return {"source": source, "commands": said, "policy": [row]}
+    source = f"Run on {about}. The first six commands took {first['chain_seconds']} seconds. In brackets: "
+    return {
+        "source": source + "95% intervals, bootstrap over the prompts.",
+        "commands": said,
+        "policy": [row],
+    }
 
 
 def picture(found):
@@ -84,8 +87,8 @@ def picture(found):
     axis.plot(0, 0, "ks", label="SFT model", zorder=5)
     axis.set(xlabel="KL to the SFT model, nats per response", ylabel="reward gained", ylim=(-0.1, None))
     axis.legend(loc="lower right", fontsize=10)
-    share = f"{p3o['frontier_efficiency'][0]:.0%}"
-    axis.set_title(f"After the quick start P3O gains {share} of what is possible at its KL", fontsize=12)
+    share = p3o["frontier_efficiency"][0]
+    axis.set_title(f"After the quick start P3O gains {share:.0%} of what is possible at its KL", fontsize=12)
     return figure
 
 
