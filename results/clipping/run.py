@@ -25,9 +25,8 @@ def tables(found):
     for m, what in METHODS.items():
         row = {"method": m, "what it does": what}
         for x in PASSES:
-            row[f"objective, {x} pass{'es' * (x > 1)}"] = lib.interval(
-                found.pick(method=m, passes=x), "objective"
-            )
+            title = f"objective, {x} pass{'es' * (x > 1)}"
+            row[title] = lib.interval(found.pick(method=m, passes=x), "objective")
         row["KL, 8 passes"] = lib.interval(found.pick(method=m, passes=8), "kl")
         lead = lib.paired(found.pick(method="P3O", passes=8), found.pick(method=m, passes=8), "objective")
         rows.append(row | {"P3O leads, 8 passes": lead if m != "P3O" else None})

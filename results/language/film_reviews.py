@@ -114,11 +114,8 @@ class FilmReviews:
         for name, data, seed in (("reward_model", "pairs", 0), ("judge", "judge_pairs", 1)):
             lib.train("reward_model.py", base / name, dataset=base / "data" / data, seed=seed, **pairs)
             use_eager_attention(base / name)
-        return {
-            "model": base / "sft",
-            "reward_model": base / "reward_model",
-            "prompts": base / "data/prompts",
-        }
+        paths = {"model": base / "sft", "reward_model": base / "reward_model"}
+        return paths | {"prompts": base / "data/prompts"}
 
     def measure(self, folder, paths):
         """The scores of every answer by the reward model and by the judge, and the KL at every prompt."""

@@ -20,10 +20,7 @@ import lib
 
 CHAIN = "toy.py", "sft.py", "reward_model.py", "p3o.py", "evaluate.py", "frontier.py"
 CURVES_PICTURE = Path(__file__).with_name("curves.png")  # what curves.py draws after the chain
-OTHERS, CURVES = (
-    ("curves.py", "ppo.py", "dpo.py"),
-    ("optimal_frontier", "best_of_n"),
-)  # others: run afterwards
+CURVES, OTHERS = ("optimal_frontier", "best_of_n"), ("curves.py", "ppo.py", "dpo.py")  # run afterwards
 KEPT = "reward", "reward_gain", "gold_gain", "kl", "frontier_efficiency"
 
 
@@ -67,12 +64,9 @@ def tables(found):
     row["wins against SFT"] = tuple(policies["p3o"]["win_rate_vs"]["sft"])
     first = found.points[0]
     about = f"{first['hardware']}, torch {first['torch']}, commit {first['commit']}"
-    source = f"Run on {about}. The first six commands took {first['chain_seconds']} seconds. In brackets: "
-    return {
-        "source": source + "95% intervals, bootstrap over the prompts.",
-        "commands": said,
-        "policy": [row],
-    }
+    source = f"Run on {about}. The first six commands took {first['chain_seconds']} seconds. In brackets: 95%"
+    source += " intervals, bootstrap over the prompts."
+    return {"source": source, "commands": said, "policy": [row]}
 
 
 def picture(found):
