@@ -28,6 +28,7 @@ OUT = ROOT / "out/results"
 BLOCK = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.S)  # of a README, generated
 BETA = 0.5
 rcParams |= {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25}
+rcParams |= {"axes.titlesize": 11, "figure.titlesize": 13}
 
 
 @dataclass(frozen=True)
@@ -84,8 +85,7 @@ def read_lines(path):
 
 def write_lines(path, lines):
     """Writes a runs.jsonl beside its place and moves it there."""
-    new = Path(path).with_suffix(".new")
-    new.parent.mkdir(parents=True, exist_ok=True)
+    (new := Path(path).with_suffix(".new")).parent.mkdir(parents=True, exist_ok=True)
     new.write_text("".join(json.dumps(line) + "\n" for line in lines))
     new.replace(path)
 
@@ -100,8 +100,7 @@ class Found:
         known = [one | lines[key(one)] for one in plan if key(one) in lines]
         self.points = [world.complete(point, self) for point in known]
 
-    def pick(self, **labels):
-        """The points that have these labels."""
+    def pick(self, **labels):  # the points that have them
         return [point for point in self.points if all(point.get(x) == y for x, y in labels.items())]
 
 
@@ -121,7 +120,6 @@ def t_interval(values):
 
 
 def interval(points, name):
-    """t_interval of a value over the seeds."""
     return t_interval([point[name] for point in points])
 
 
@@ -242,9 +240,8 @@ def markdown(rows):
 def source(found, kind="Student's t over seeds"):
     """Where the numbers come from and what a rerun costs, in a paragraph."""
     lines = list({key(point): point for point in found.points}.values())
-    seeds, commits, machines = (
-        ", ".join(sorted({str(x[y]) for x in lines})) for y in ("seed", "commit", "hardware")
-    )
+    names = "seed", "commit", "hardware"
+    seeds, commits, machines = (", ".join(sorted({str(x[y]) for x in lines})) for y in names)
     text = f"{len(lines)} runs, seeds {seeds}, on {machines}; commits {commits}. In brackets: 95% intervals, "
     text += f"{kind}. A rerun takes {sum(x['minutes'] for x in lines) / 60:.1f} hours of one core."
     return text + (f" Missing: {', '.join(found.missing)}." if found.missing else "")
@@ -341,9 +338,7 @@ def main(file, plan, tables, picture, world, argv=None):
         known = {key(line): line for line in (*committed, *lines)}
         known = [known[x] for x in dict.fromkeys((SFT, OPTIMUM, *map(key, plan))) if x in known]
         if len({line.get("base") for line in known}) > 1:
-            sys.exit(
-                "error: the other runs start from another SFT model; measure all of the plan, and keep that"
-            )
+            sys.exit("error: the other runs start from another SFT model; measure and keep all of the plan")
         return known
 
     report(file, argv, options | world.options, measure, partial(Found, plan, world), merge, tables, picture)

@@ -23,8 +23,7 @@ class Toy:
     def prepare(self, args):
         base, self.flags = lib.OUT / "toy", {"device": args.device}
         lib.train("toy.py", base / "data")
-        flags = {"model": base / "data/model", "dataset": base / "data/sft"} | self.flags
-        lib.train("sft.py", base / "sft", **flags)
+        lib.train("sft.py", base / "sft", model=base / "data/model", dataset=base / "data/sft", **self.flags)
         flags = {"model": base / "sft", "dataset": base / "data/preferences"} | self.flags
         lib.train("reward_model.py", base / "reward_model", **flags)
         data = {name: base / "data" / name for name in ("prompts", "preferences")}
@@ -51,10 +50,7 @@ class Toy:
 
 
 def best_gain(found, kl):
-    """The largest gain that any policy can have at a KL; None at 0, and beyond where it is known.
-
-    Between two points it is linear in the root of the KL, which is how such a curve starts.
-    """
+    """The largest gain there can be at a KL, linear in its root between points; None where it is unknown."""
     if not found.optimum or kl <= 1e-6:
         return None
     points = zip(found.optimum["kl"], found.optimum["reward"])

@@ -1,7 +1,6 @@
 """When does clipping matter? Each rollout is passed over 1, 2, 4 or 8 times, and grows more and more stale.
 
-python results/clipping/run.py --plots_only     tables and picture from runs.jsonl
-python results/clipping/run.py                  trains and measures everything again
+python results/clipping/run.py [--plots_only]     measures again, or tables and picture only
 """
 
 import sys
@@ -24,11 +23,10 @@ PLAN = [lib.run(m, seed, {"passes": x}, epochs=x) for m in METHODS for x in PASS
 def tables(found):
     rows = []
     for m, what in METHODS.items():
-        objective = {
-            f"objective, {x} pass{'es' * (x > 1)}": lib.interval(found.pick(method=m, passes=x), "objective")
-            for x in PASSES
-        }
-        row = {"method": m, "what it does": what} | objective
+        row = {"method": m, "what it does": what}
+        for x in PASSES:
+            title = f"objective, {x} pass{'es' * (x > 1)}"
+            row[title] = lib.interval(found.pick(method=m, passes=x), "objective")
         row["KL, 8 passes"] = lib.interval(found.pick(method=m, passes=8), "kl")
         lead = lib.paired(found.pick(method="P3O", passes=8), found.pick(method=m, passes=8), "objective")
         rows.append(row | {"P3O leads, 8 passes": lead if m != "P3O" else None})
@@ -37,14 +35,11 @@ def tables(found):
 
 def picture(found):
     figure, axes = lib.axes(2, 4.8, 4.2)
-    for axis, name, title in (
-        (axes[0], "objective", "reward gained minus beta KL"),
-        (axes[1], "kl", "KL, nats per response"),
-    ):
+    titles = {"objective": "reward gained minus beta KL", "kl": "KL, nats per response"}
+    for axis, (name, title) in zip(axes, titles.items()):
         for m in METHODS:
-            lib.curve(
-                axis, m, range(4), [lib.interval(found.pick(method=m, passes=x), name) for x in PASSES], lw=2
-            )
+            cells = [lib.interval(found.pick(method=m, passes=x), name) for x in PASSES]
+            lib.curve(axis, m, range(4), cells, lw=2)
         axis.set_xticks(range(4), map(str, PASSES))
         axis.set(xlabel="passes over each rollout", ylabel=title)
     axes[0].legend(loc="lower left", fontsize=10)

@@ -1,7 +1,6 @@
 """Which method gets the most reward for its KL, and how near does it come to the best that is possible?
 
-    python results/frontier/run.py --plots_only     tables and picture from runs.jsonl
-    python results/frontier/run.py                  trains and measures everything again
+    python results/frontier/run.py [--plots_only]     measures again, or tables and picture only
 
 Every method samples 7,680 responses at each of four betas. Offline DPO trains on labelled pairs instead.
 """
@@ -32,10 +31,7 @@ PLAN += [lib.run(m, seed, {"variant": x}, **flags) for x, (m, flags) in CRITIC.i
 
 
 def gain_at(found, points, kl):
-    """A seed's gain at a KL, read between its betas: its share of the optimum, linear in the root of the KL.
-
-    The share stays as it is below the smallest KL. None beyond the largest one.
-    """
+    """A seed's gain at a KL: its share of the optimum, linear in the root of the KL; None beyond it."""
     known = sorted((point["kl"] ** 0.5, point["share"]) for point in points if point["share"])
     if not known or kl**0.5 > known[-1][0] + 1e-9:
         return None

@@ -1,7 +1,6 @@
 """What changes if the reward gets an offset per prompt, which preferences cannot tell from the reward?
 
-    python results/invariance/run.py --plots_only     tables and picture from runs.jsonl
-    python results/invariance/run.py                  trains and measures everything again
+    python results/invariance/run.py [--plots_only]     measures again, or tables and picture only
 
 The offsets are normal numbers, one for each prompt, with a standard deviation of 0, 1, 4 or 16 times the
 reward's spread, which is its standard deviation among the SFT model's responses to one prompt. Either nothing
@@ -17,15 +16,11 @@ import lib
 from toy_task import Toy
 
 SPREAD, SIZES = 1.7, (0, 1, 4, 16)
-KINDS = {
-    "unpredictable": "an offset that nothing can foresee",
-    "learnable": "an offset that a critic can learn",
-}
+KINDS = {"unpredictable": "an offset that nothing can foresee"}
+KINDS["learnable"] = "an offset that a critic can learn"
 SEEDS = range(1, 6)
-SWITCHES = {
-    "PPO without whitening": {"whiten_advantages": False},
-    "PPO, values unclipped": {"value_clip_range": "inf"},
-}
+SWITCHES = {"PPO without whitening": {"whiten_advantages": False}}
+SWITCHES["PPO, values unclipped"] = {"value_clip_range": "inf"}
 
 
 def one_run(method, seed, offsets, size, variant=None):
@@ -40,15 +35,9 @@ def one_run(method, seed, offsets, size, variant=None):
     return lib.run(method, seed, labels, script, **flags)
 
 
-PLAN = [
-    one_run(m, seed, "unpredictable", size)
-    for seed in SEEDS
-    for m in ("P3O", "PPO", "PPO-max")
-    for size in SIZES
-]
-PLAN += [
-    one_run("P3O", seed, "learnable", size) for seed in SEEDS for size in (0, 16)
-]  # any size is the same run
+RIVALS = "P3O", "PPO", "PPO-max"
+PLAN = [one_run(m, seed, "unpredictable", size) for seed in SEEDS for m in RIVALS for size in SIZES]
+PLAN += [one_run("P3O", seed, "learnable", size) for seed in SEEDS for size in (0, 16)]  # any size is one run
 PLAN += [one_run("PPO", seed, "learnable", size) for seed in SEEDS for size in SIZES]
 for variant, kind in zip(SWITCHES, KINDS):
     PLAN += [one_run("PPO", seed, kind, size, variant) for seed in SEEDS for size in SIZES]
@@ -78,16 +67,13 @@ def tables(found):
 def picture(found):
     figure, axes = lib.axes(2, 4.6, 4.2, sharey=True)
     for axis, (kind, title) in zip(axes, KINDS.items()):
-        for method in ("P3O", "PPO", "PPO-max"):
-            cells = [
-                lib.interval(found.pick(method=method, offsets=kind, size=x, variant=None), "objective")
-                for x in SIZES
-            ]
+        for method in RIVALS:
+            points = [found.pick(method=method, offsets=kind, size=x, variant=None) for x in SIZES]
+            cells = [lib.interval(x, "objective") for x in points]
             if any(cells):
                 lib.curve(axis, method, range(4), cells, lw=2.5)
-        axis.set_title(title, fontsize=11)
         axis.set_xticks(range(4), ["none", "1x", "4x", "16x"])
-        axis.set_xlabel("size of the offsets, relative to the reward's spread")
+        axis.set(title=title, xlabel="size of the offsets, relative to the reward's spread")
         axis.axhline(0, color="black", lw=0.8)
     axes[0].set_ylabel("reward gained minus beta KL\n(higher is better)")
     axes[0].legend(loc="lower left", fontsize=11)

@@ -1,8 +1,7 @@
 """Film reviews as a world for runs: the data, the SFT model, the reward model, and a judge to check it by.
 
-A prompt is the first words of a review. The reward model learns from pairs of a positive and a negative
-review; so does the judge, but from other reviews and with another seed. No review is in two data sets, and no
-prompt is both trained on and tested.
+A prompt is the first words of a review. The reward model learns from pairs of a positive and a negative one;
+so does the judge, with other reviews and another seed. No prompt is both trained on and tested.
 """
 
 import json
@@ -102,9 +101,7 @@ class FilmReviews:
             splits = make_splits(read_reviews(args.reviews, AutoTokenizer.from_pretrained(args.model)))
             shutil.rmtree(base / "new", ignore_errors=True)
             for name, split, rows in [(x, y, z) for x, parts in splits.items() for y, z in parts.items()]:
-                path = base / "rows" / name / f"{split}.jsonl"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+                lib.write_lines(base / "rows" / name / f"{split}.jsonl", rows)
             for name in splits:
                 flags = {"dataset": base / "rows" / name, "output_dir": base / "new" / name}
                 lib.call("data.py", model=args.model, **flags)
@@ -128,18 +125,13 @@ class FilmReviews:
         return json.loads(sft.read_text()), self.ask(folder, folder.name, RESPONSES, paths)
 
     def ask(self, folder, policy, count, paths):
-        flags = {
-            "dataset": paths["prompts"],
-            "num_prompts": PROMPTS,
-            "samples_per_prompt": count,
-        } | self.dtype
-        rows = lib.answers(f"{folder}.answers", [folder], **flags, **self.flags)[policy]
+        flags = {"dataset": paths["prompts"], "num_prompts": PROMPTS, "samples_per_prompt": count}
+        flags |= self.dtype | self.flags
+        rows = lib.answers(f"{folder}.answers", [folder], **flags)[policy]
         judge = {"reward_model": self.judge, "missing_eos_penalty": 0.0}
-        judged = lib.answers(f"{folder}.judged", [folder], **flags, **self.flags, **judge)[policy]
+        judged = lib.answers(f"{folder}.judged", [folder], **flags, **judge)[policy]
         if [row["response"] for row in rows] != [row["response"] for row in judged]:
-            sys.exit(
-                f"error: {policy} answered differently when it was judged; use a device that repeats itself"
-            )
+            sys.exit(f"error: {policy} answered differently when judged; use a device that repeats itself")
         by_prompt = [slice(i, i + count) for i in range(0, len(rows), count)]
         line = {"reward": [[round(row["reward"], 3) for row in rows[x]] for x in by_prompt]}
         line["judge"] = [[round(row["reward"], 3) for row in judged[x]] for x in by_prompt]
@@ -147,19 +139,15 @@ class FilmReviews:
         return line | {x: round(statistics.fmean(row[x] for row in rows), 4) for x in ("length", "ended")}
 
     def complete(self, point, found):
-        """Adds nothing, because the tables need the values of every prompt."""
-        return point
+        return point  # the tables need the values of every prompt
 
 
 # ------------------------------------------------------------------------ values by prompt, for the tables
 def by_prompt(line, sft, beta):
     """{value: (P,)} of a run: gain, KL, objective, and the judge's gain at every prompt."""
-    means = [
-        torch.tensor(x[y], dtype=torch.float64).mean(1) for y in ("reward", "judge") for x in (line, sft)
-    ]
-    return columns(
-        means[0] - means[1], torch.tensor(line["kl"], dtype=torch.float64), means[2] - means[3], beta
-    )
+    tensors = {x: torch.tensor(line[x], dtype=torch.float64) for x in ("reward", "judge", "kl")}
+    gain, judged = (tensors[x].mean(1) - tensors[x].new_tensor(sft[x]).mean(1) for x in ("reward", "judge"))
+    return columns(gain, tensors["kl"], judged, beta)
 
 
 def columns(gain, kl, judge, beta):
@@ -173,9 +161,8 @@ def untrained(sft, beta, best_of):
     for n in best_of:  # over all subsets of n: the i-th smallest of N is the largest of C(i - 1, n - 1)
         share = torch.tensor([math.comb(i, n - 1) / math.comb(N, n) for i in range(N)], dtype=torch.float64)
         gain, judged = (x.gather(1, reward.argsort(1)) @ share - x.mean(1) for x in (reward, judge))
-        values[f"best of {n}, untrained"] = columns(
-            gain, torch.full_like(gain, best_of_n_kl(n)), judged, beta
-        )
+        kl = torch.full_like(gain, best_of_n_kl(n))
+        values[f"best of {n}, untrained"] = columns(gain, kl, judged, beta)
     rows = [gibbs_frontier(r, [beta], gold=j)[0] for r, j in zip(reward.split(1), judge.split(1))]
     names = "reward", "kl", "gold_reward"
     best, kl, judged = (torch.tensor([row[x] for row in rows], dtype=torch.float64) for x in names)

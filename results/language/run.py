@@ -59,9 +59,8 @@ def tables(found):
             apart = {x: means["P3O"][x] - means[m][x] for x in means[m]}
             differences.append({"P3O minus": m, "trained": part} | cells(apart))
     if found.sft:
-        methods += [
-            {"method": m, "trained": ""} | cells(x) for m, x in untrained(found.sft, BETA, BEST_OF).items()
-        ]
+        best = untrained(found.sft, BETA, BEST_OF)
+        methods += [{"method": m, "trained": ""} | cells(x) for m, x in best.items()]
     for m in ("P3O", "PPO"):
         parts = {"none": f"{STEPS} steps"} | {f"{x}x": f"{x}x" for x in OFFSETS}
         runs = {x: mean_of(found.pick(method=m, part=part, seed=1), found.sft) for x, part in parts.items()}
@@ -90,9 +89,7 @@ def picture(found):
         axis.set(xlabel="KL to the SFT model, nats per response", xlim=(0, None), ylim=(0, None))
     axes[0].set_ylabel("gain over the SFT model")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
-    figure.suptitle(
-        "On film reviews PPO gains more than P3O; best of 4, untrained, gains more than both", fontsize=13
-    )
+    figure.suptitle("On film reviews PPO gains more than P3O; best of 4, untrained, gains more than both")
     return figure
 
 

@@ -1,7 +1,6 @@
 """If beta is small, so that the KL may grow, does the true reward turn over while the reward model's rises?
 
-    python results/overoptimisation/run.py --plots_only     tables and picture from runs.jsonl
-    python results/overoptimisation/run.py                  trains and measures everything again
+    python results/overoptimisation/run.py [--plots_only]     measures again, or tables and picture only
 
 The toy is a small world whose true ("gold") reward is known. No method sees it in training.
 """
@@ -24,8 +23,7 @@ def tables(found):
         row = {"method": m} | {
             f"true gain, beta {b}": lib.interval(x, "gold_gain") for b, x in points.items()
         }
-        row["0.05 minus 0.25"] = lib.paired(points[0.05], points[0.25], "gold_gain")
-        row["0.05 minus 0.1"] = lib.paired(points[0.05], points[0.1], "gold_gain")
+        row |= {f"0.05 minus {b}": lib.paired(points[0.05], points[b], "gold_gain") for b in (0.25, 0.1)}
         row["0.05 minus 0.1, reward model"] = lib.paired(points[0.05], points[0.1], "gain")
         rows.append(row | {"KL, beta 0.05": lib.interval(points[0.05], "kl")})
     return {"gold": rows}
@@ -33,16 +31,13 @@ def tables(found):
 
 def picture(found):
     figure, axes = lib.axes(2, 4.8, 4.2, sharey=True)
-    for axis, name, title in (
-        (axes[0], "gain", "what they train on: the reward model"),
-        (axes[1], "gold_gain", "what is wanted: the true reward"),
-    ):
+    titles = {"gain": "what they train on: the reward model", "gold_gain": "what is wanted: the true reward"}
+    for axis, (name, title) in zip(axes, titles.items()):
         for m in METHODS:
             points = [found.pick(method=m, beta=beta) for beta in BETAS]
             kls, gains = ([lib.interval(x, y) for x in points] for y in ("kl", name))
             lib.curve(axis, m, [kl[0] if kl else None for kl in kls], gains, kls, lw=2)
-        axis.set_title(title, fontsize=11)
-        axis.set_xlabel("KL to the SFT model, nats per response")
+        axis.set(title=title, xlabel="KL to the SFT model, nats per response")
     axes[0].set_ylabel("gain over the SFT model")
     axes[0].legend(loc="upper left", fontsize=10)
     figure.suptitle("At a large KL the true reward turns down, and by far the most with DPO", fontsize=13)

@@ -20,8 +20,7 @@ import lib
 
 CHAIN = "toy.py", "sft.py", "reward_model.py", "p3o.py", "evaluate.py", "frontier.py"
 CURVES_PICTURE = Path(__file__).with_name("curves.png")  # what curves.py draws after the chain
-OTHERS = "curves.py", "ppo.py", "dpo.py"  # run afterwards, so that their last lines are known too
-CURVES = "optimal_frontier", "best_of_n"
+CURVES, OTHERS = ("optimal_frontier", "best_of_n"), ("curves.py", "ppo.py", "dpo.py")  # run afterwards
 KEPT = "reward", "reward_gain", "gold_gain", "kl", "frontier_efficiency"
 
 
@@ -81,9 +80,7 @@ def picture(found):
     zero, p3o = line["policies"]["sft"]["reward"][0], line["policies"]["p3o"]
     right = 1.2 * p3o["kl"][0]
     curves = {name: [(kl, r - zero) for kl, r in line[name] if kl <= right] for name in CURVES}
-    axis.plot(
-        *zip(*curves["optimal_frontier"]), color="black", lw=2.5, label="the best that any policy can do"
-    )
+    axis.plot(*zip(*curves["optimal_frontier"]), "k", lw=2.5, label="the best that any policy can do")
     axis.plot(*zip(*curves["best_of_n"]), "D:", color="#777777", label="best of 1, 2, ... without training")
     lib.curve(axis, "P3O", [p3o["kl"][0]], [p3o["reward_gain"]], [p3o["kl"]], ls="", zorder=5)
     axis.plot(0, 0, "ks", label="SFT model", zorder=5)

@@ -1,7 +1,6 @@
 """Do more responses to a prompt help P3O, and do more samples?
 
-    python results/responses/run.py --plots_only     tables and picture from runs.jsonl
-    python results/responses/run.py                  trains and measures everything again
+    python results/responses/run.py [--plots_only]     measures again, or tables and picture only
 
 First K responses to each of fewer prompts, so that every run samples 7,680 responses. Then a quarter to ten
 times as many samples, each method with the best of 22 settings (RLOO of TRL: of three learning rates), which
@@ -61,7 +60,7 @@ def picture(found):
         axes[0].axhspan(*ppo[1:], color=lib.METHODS["PPO"].color, alpha=0.15)
     axes[0].set_xticks(range(3), ["2", "4", "8"])
     axes[0].set(xlabel="responses to a prompt", ylabel="reward gained minus beta KL")
-    axes[0].set_title("as many samples, more to a prompt", fontsize=11)
+    axes[0].set_title("as many samples, more to a prompt")
     axes[0].legend(loc="lower right")
     for setting, (method, _, _) in BEST.items():
         cells = [lib.interval(found.pick(setting=setting, times=x), "share") for x in TIMES]
@@ -69,12 +68,11 @@ def picture(found):
     axes[1].set_xscale("log")
     axes[1].set_xticks([7680 * x for x in TIMES], ["1,920", "3,840", "7,680", "15,360", "76,800"], fontsize=8)
     axes[1].minorticks_off()
-    axes[1].set(xlabel="responses sampled", ylabel="reward gained, as a share of the best")
-    axes[1].set_title("more samples", fontsize=11)
-    axes[1].legend(loc="lower right", fontsize=9)
-    figure.suptitle(
-        "More responses to a prompt help P3O a little; more samples help every method", fontsize=13
+    axes[1].set(
+        title="more samples", xlabel="responses sampled", ylabel="reward gained, as a share of the best"
     )
+    axes[1].legend(loc="lower right", fontsize=9)
+    figure.suptitle("More responses to a prompt help P3O a little; more samples help every method")
     return figure
 
 

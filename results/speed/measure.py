@@ -1,6 +1,5 @@
 """How results/speed measures: a GPT-2 with random weights, and the time and memory of a process."""
 
-import json
 import os
 import statistics
 import subprocess
@@ -25,19 +24,16 @@ def make_gpt2(folder, words=50257, **size):
     model.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     special = {"unk_token": "<unk>", "eos_token": "<eos>", "pad_token": "<pad>"}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=model, **special)
-    config = GPT2Config(
-        bos_token_id=1, eos_token_id=1, pad_token_id=2, num_labels=1, vocab_size=words, **size
-    )
+    size |= {"bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 2, "vocab_size": words}
+    config = GPT2Config(num_labels=1, **size)
     torch.manual_seed(0)
     for name, kind in (("model", GPT2LMHeadModel), ("reward_model", GPT2ForSequenceClassification)):
         kind(config).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
-    (folder / "data").mkdir()
     for split in ("train", "validation"):
-        rows = [" ".join(f"w{i}" for i in row) for row in torch.randint(3, words, (256, 32)).tolist()]
-        (folder / "data" / f"{split}.jsonl").write_text(
-            "".join(json.dumps({"prompt": x}) + "\n" for x in rows)
-        )
+        rows = torch.randint(3, words, (256, 32)).tolist()
+        prompts = [{"prompt": " ".join(f"w{i}" for i in row)} for row in rows]
+        lib.write_lines(folder / "data" / f"{split}.jsonl", prompts)
     return {"model": folder / "model", "reward_model": folder / "reward_model", "prompts": folder / "data"}
 
 
@@ -45,10 +41,10 @@ def measure(command, threads, **flags):
     """(seconds of a step, the median of all but the first; GB, the most that the process held)."""
     with tempfile.TemporaryDirectory() as folder:
         flags |= {
-            "output_dir": Path(folder, "run"),
             "eval_every": 10**6,
             "save_every": 10**6,
             "eval_prompts": 2,
+            "output_dir": Path(folder, "run"),
         }
         words = [str(word) for x, y in flags.items() for word in (f"--{x}", y)]
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
@@ -58,7 +54,7 @@ def measure(command, threads, **flags):
         _, status, usage = os.wait4(process.pid, 0)
         if status:
             sys.exit(f"error: {command[1]} failed; it said: {said[-600:]}")
-        rows = [json.loads(line) for line in open(Path(folder, "run/metrics.jsonl"))]
+        rows = lib.read_lines(Path(folder, "run/metrics.jsonl"))
     steps = [sum(y for x, y in row.items() if x.startswith("seconds")) for row in rows]
     memory = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
     return statistics.median([x for x in steps if x > 0][1:]), memory

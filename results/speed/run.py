@@ -33,10 +33,8 @@ def tables(found):
         rows.append(row | {"memory, GB": f"{x['memory_gb']:.2f}"})
     about = sorted({f"{x['hardware']}, torch {x['torch']}, commit {x['commit']}" for x in found.points})
     source = f"Measured on {'; '.join(about)}. In brackets: the least and the most of five runs in turns. "
-    return {
-        "source": source + "A rerun takes about an hour on two cores that do nothing else.",
-        "speed": rows,
-    }
+    source += "A rerun takes about an hour on two cores that do nothing else."
+    return {"source": source, "speed": rows}
 
 
 def picture(found):
@@ -48,11 +46,8 @@ def picture(found):
             look = {"color": COLORS.get(x["program"], "#999999"), "capsize": 4}
             axis.barh(place, value, xerr=[[value - low], [high - value]], **look)
         axis.set_yticks(range(len(points)), [f"{x['program']}\n{x['memory_gb']:.2f} GB" for x in points])
-        axis.set_title(f"{model}, two CPU threads", fontsize=11)
-        axis.set_xlabel("completions trained on in a second")
-    figure.suptitle(
-        "p3o.py keeps up with TRL's RLOOTrainer, and ppo.py is faster than TRL's PPOTrainer", fontsize=13
-    )
+        axis.set(title=f"{model}, two CPU threads", xlabel="completions trained on in a second")
+    figure.suptitle("p3o.py keeps up with TRL's RLOOTrainer, and ppo.py is faster than TRL's PPOTrainer")
     return figure
 
 
@@ -68,8 +63,7 @@ def main(argv=None):
             return measure_all(args, paths)
 
     def merge(committed, lines):
-        known = {(x["model"], x["threads"], x["program"]): x for x in (*committed, *lines)}
-        return list(known.values())
+        return [*{(x["model"], x["threads"], x["program"]): x for x in (*committed, *lines)}.values()]
 
     lib.report(__file__, argv, options, measure, lambda x: SimpleNamespace(points=x), merge, tables, picture)
 
