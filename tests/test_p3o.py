@@ -335,3 +335,15 @@ def test_one_response_and_shapes_that_would_broadcast_are_refused(clipping, shap
     for tensors in wrong:
         with pytest.raises(ValueError, match="K >= 2"):
             pair_loss(*tensors, clipping)
+
+
+@pytest.mark.parametrize("clipping", ["joint", "separate", None])
+def test_no_gradient_reaches_the_reward(clipping):
+    logp, reward = torch.randn(2, 3, 4, requires_grad=True).unbind()
+    reward.retain_grad()
+    if clipping:
+        loss, _ = p3o.p3o_loss(logp, logp.detach() - 0.1, reward, clipping=clipping)
+    else:
+        loss = p3o.pairwise_policy_gradient_loss(logp, reward)
+    loss.backward()
+    assert reward.grad is None or not reward.grad.any()
