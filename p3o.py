@@ -18,8 +18,8 @@ Departures, all explained in ALGORITHM.md: all pairs of K > 2 responses, the shi
 rho, and --missing_eos_penalty, which a response loses if it is cut off before EOS.
 
 Notation: B prompts, K responses per prompt, N = B * K rows, P prompt length, R response length, V vocabulary.
-Prompts are padded on the left and responses on the right. Masks are boolean and True for real tokens. In
-p3o_loss and train_step `reward` is the paper's R; elsewhere "reward" is its r, the `score`.
+Prompts are padded on the left and responses on the right. Masks are boolean and True for real tokens. A
+tensor named `reward` is the paper's R; any other "reward" is its r, the `score`.
 """
 
 import json
@@ -52,7 +52,7 @@ class Args:
     device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1, ...")
     dtype: Literal["float32", "bfloat16"] = flag("float32", "bfloat16 is autocast: weights stay in float32")
     learning_rate: float = flag(3e-4, "Adam's rate, which falls linearly; 1e-6 to 3e-5 for pretrained models")
-    steps: int = flag(60, "number of training steps; to raise it with --resume raises the learning rate")
+    steps: int = flag(60, "number of training steps; with more of them, --resume goes on at a higher rate")
     prompts_per_step: int = flag(64, "B, prompts to sample responses to in each step")
     num_responses: int = flag(2, "K, responses per prompt; all K (K - 1) / 2 pairs are used")
     epochs: int = flag(2, "passes over the responses of a step, usually 1 to 4")
@@ -79,7 +79,7 @@ class Args:
 def trajectory_reward(score, logp_old_seq, logp_ref_seq, beta):
     """R(x, y) = r(x, y) - beta log(pi_old(y|x) / pi_SFT(y|x)), one number per response [P3O, sec. 4].
 
-    All arguments are (B, K), and the log-probs are in nats per response. beta is typically 0.05 to 0.5.
+    All arguments are (B, K), and the log-probs are in nats per response. beta is typically 0.05 to 1.
     """
     return score - beta * (logp_old_seq - logp_ref_seq)
 
@@ -166,7 +166,7 @@ def read_score(model, prompt_ids, prompt_mask, response_ids, response_mask):
     hidden = model.base_model(**inputs, use_cache=False).last_hidden_state.float()  # (N, P + R, D)
     with torch.autocast(hidden.device.type, enabled=False):  # a bfloat16 head would round scores by up to 1%
         scores = model.score(hidden[:, prompt_ids.shape[1] - 1 :]).squeeze(-1)  # (N, 1 + R)
-    return scores.gather(1, response_mask.sum(1, keepdim=True)).squeeze(1)  # counts, as the pad id may be EOS
+    return scores.gather(1, response_mask.sum(1, keepdim=True)).squeeze(1)  # by count: the pad id may be EOS
 
 
 def token_rows(batch, rows):
@@ -188,7 +188,7 @@ def load_tokenizer(args):
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # safe: masks do not depend on it
     eos, record = tokenizer.eos_token, Path(args.dataset, "data.json")  # data.py writes this file
     end = json.loads(record.read_text())["eos_token"] if record.exists() else eos
-    suitable = eos == end and eos and len(tokenizer) > 1  # without files, GPT-2's has 1 token
+    suitable = eos == end and eos and len(tokenizer) > 1  # 1 if the tokenizer files are missing
     check(suitable, f"{args.model} has EOS {eos!r}, {args.dataset} has {end!r}; run sft.py first")
     return tokenizer
 
