@@ -14,8 +14,8 @@ no critic to learn it.
     P3O-V2                    log(pi(y1) / pi(y2)) is clipped               p3o_loss(clipping="joint")
 
 Read "the mathematics" first, then update_policy and train_step at the end. ALGORITHM.md derives the losses.
-Departures, all explained in ALGORITHM.md: all pairs of K > 2 responses, the shift of V2's d, the clamp of log
-rho, and --missing_eos_penalty, which a response loses if it is cut off before EOS.
+ALGORITHM.md also explains the departures from the paper: all pairs of K > 2 responses are used, V2's d is
+shifted, log rho is clamped, and a response that is cut off before EOS loses --missing_eos_penalty.
 
 Notation: B prompts, K responses per prompt, N = B * K rows, P prompt length, R response length, V vocabulary.
 Prompts are padded on the left and responses on the right. Masks are boolean and True for real tokens. A

@@ -137,7 +137,7 @@ def gae(reward_tok, value_tok, response_mask, gamma=1.0, lam=0.95):
     All tensors are (N, R). V is 0 after the end. Returns (advantages, returns = A + V), 0 outside the mask.
     """
     reward, value = (x.masked_fill(~response_mask, 0.0) for x in (reward_tok, value_tok))
-    delta = reward + gamma * torch.nn.functional.pad(value[:, 1:], (0, 1)) - value  # (B, R)
+    delta = reward + gamma * torch.nn.functional.pad(value[:, 1:], (0, 1)) - value  # (N, R)
     advantages, running = torch.zeros_like(delta), 0.0
     for t in reversed(range(delta.shape[1])):
         running = delta[:, t] + gamma * lam * running
