@@ -67,7 +67,8 @@ def wins(found):
         if rival == "SFT":
             theirs = [{"seed": seed, "kl": 0.0, "gold": found.sft["gold"]} for seed in ours]
         pairs = [win_rate(ours[x["seed"]], x["gold"]) for x in theirs if x["seed"] in ours and x["gold"]]
-        row = {"P3O against": rival, "wins, %": lib.t_interval([x for x, _ in pairs])}
+        row = {"P3O, beta 0.5, against": f"{rival}, beta {RIVALS[rival]:g}" if rival in RIVALS else rival}
+        row |= {"wins, %": lib.t_interval([x for x, _ in pairs])}
         row["ties, %"] = f"{sum(x for _, x in pairs) / len(pairs):.1f}" if pairs else None
         rows.append(row | {"its KL": lib.interval(theirs, "kl"), "in the paper, %": PAPER.get(rival)})
     return rows
@@ -79,7 +80,7 @@ def tables(found):
         points = found.pick(method=m, beta=0.5, variant=None)
         names = {"KL": "kl", "gain": "gain", "true gain": "gold_gain", "share of the optimum": "share"}
         row = {"method": m} | {title: lib.interval(points, x) for title, x in names.items()}
-        methods.append(row | {f"P3O leads at {kl} nat{'s' * (kl > 1)}": lead(found, m, kl) for kl in (1, 2)})
+        methods.append(row | {f"P3O's gain minus its, at KL {kl}": lead(found, m, kl) for kl in (1, 2)})
     for m in DRAWN:
         cells = {f"beta {beta:g}": found.pick(method=m, beta=beta, variant=None) for beta in BETAS}
         row = {"share of the optimum": m} | {x: lib.interval(y, "share") for x, y in cells.items()}

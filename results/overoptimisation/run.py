@@ -14,6 +14,7 @@ from toy_task import Toy
 
 SEEDS, BETAS, METHODS = range(1, 6), (1.0, 0.5, 0.25, 0.1, 0.05), ("P3O", "PPO", "DPO", "online DPO")
 PLAN = [lib.run(m, seed, {"beta": b}, beta=b) for m in METHODS for b in BETAS for seed in SEEDS]
+CHANGES = {"true gain": "gold_gain", "reward model's gain": "gain"}
 
 
 def tables(found):
@@ -23,8 +24,8 @@ def tables(found):
         row = {"method": m} | {
             f"true gain, beta {b}": lib.interval(x, "gold_gain") for b, x in points.items()
         }
-        row |= {f"0.05 minus {b}": lib.paired(points[0.05], points[b], "gold_gain") for b in (0.25, 0.1)}
-        row["0.05 minus 0.1, reward model"] = lib.paired(points[0.05], points[0.1], "gain")
+        for b, (what, name) in [(b, x) for b in (0.25, 0.1) for x in CHANGES.items()]:
+            row[f"{what}, beta 0.05 minus {b}"] = lib.paired(points[0.05], points[b], name)
         rows.append(row | {"KL, beta 0.05": lib.interval(points[0.05], "kl")})
     return {"gold": rows}
 
