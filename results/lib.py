@@ -51,7 +51,9 @@ METHODS = {
     "PPO-max": Method("ppo.py", "#56B4E9", 1e-3, {"preset": "ppo_max"}),
     "DPO": Method("dpo.py", "#CC79A7", 1e-4, data="preferences"),
     "online DPO": Method("dpo.py", "#009E73", 1e-4, {"online": True, "labels": "ranked"}),
-    "RLOO of TRL": Method("results/train_with_trl.py --method rloo", "#117733", 3e-4),  # needs trl
+    "RLOO of TRL": Method("examples/relatives_with_trl.py --method rloo", "#117733", 3e-4),  # needs trl
+    "GRPO of TRL": Method("examples/relatives_with_trl.py --method grpo", "#332288", 3e-4),
+    "Dr. GRPO of TRL": Method("examples/relatives_with_trl.py --method dr_grpo", "#AA4499", 3e-4),
 }
 
 

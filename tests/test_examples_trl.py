@@ -195,10 +195,10 @@ def test_what_it_refuses(chain, tmp_path, monkeypatch):
 
 
 def test_relatives_train_with_trl(chain, tmp_path):
-    """results/train_with_trl.py writes a run folder as p3o.py does, of a policy that moved."""
+    """examples/relatives_with_trl.py writes a run folder as p3o.py does, of a policy that moved."""
     words = "--method rloo --steps 1 --learning_rate 1e-3 --prompts_per_step 4 --minibatch_size 2 --epochs 1".split()
     words += ["--device", "cpu", "--output_dir", tmp_path / "rloo"]
-    done = run_script("results/train_with_trl.py", *words, cwd=chain)
+    done = run_script("examples/relatives_with_trl.py", *words, cwd=chain)
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads((tmp_path / "rloo/args.json").read_text())["args"]["beta"] > 0
     (row,) = [json.loads(line) for line in (tmp_path / "rloo/metrics.jsonl").read_text().splitlines()]

@@ -1,7 +1,7 @@
 """RLOO, GRPO and Dr. GRPO of TRL on the work of p3o.py: its model, reward, prompts, lengths and optimizer.
 
     pip install -r requirements.txt -r examples/requirements.txt
-    python results/train_with_trl.py --method grpo --output_dir out/grpo    after the quick start
+    python examples/relatives_with_trl.py --method grpo --output_dir out/grpo    after the quick start
 
 It takes the flags of p3o.py and --method, and writes a run folder that evaluate.py reads. The clip, the
 advantages and the place of the KL are TRL's own. --resume, --clipping and --max_importance_weight are
