@@ -136,7 +136,7 @@ def load_tokenizer(args):
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # safe: masks do not depend on it
     eos, record = tokenizer.eos_token, Path(args.dataset, "data.json")  # data.py writes this file
     end = json.loads(record.read_text())["eos_token"] if record.exists() else eos
-    suitable = eos == end and eos and len(tokenizer) > 1  # 1 if the tokenizer files are missing
+    suitable = eos == end and eos and len(tokenizer) > 1  # without its files it has length 1
     check(suitable, f"{args.model} has EOS {eos!r}, {args.dataset} has {end!r}; run sft.py first")
     return tokenizer
 

@@ -11,15 +11,15 @@ no critic to learn it.
     trajectory reward         R = r - beta log(pi_old / pi_SFT)             trajectory_reward
     pairwise policy gradient  E[(R1 - R2) grad log(pi(y1) / pi(y2))] / 2    pairwise_policy_gradient_loss
     P3O-V1                    rho_1 and rho_2 are clipped separately        p3o_loss(clipping="separate")
-    P3O-V2                    log(pi(y1) / pi(y2)) is clipped               p3o_loss(clipping="joint")
+    P3O-V2                    the change of log(pi(y1) / pi(y2)) is clipped p3o_loss(clipping="joint")
 
 Read "the mathematics" first, then update_policy and train_step at the end. ALGORITHM.md derives the losses.
-ALGORITHM.md also explains the departures from the paper: all pairs of K > 2 responses are used, V2's d is
-shifted, log rho is clamped, and a response that is cut off before EOS loses --missing_eos_penalty.
+ALGORITHM.md also explains the departures from the paper: all pairs of K > 2 responses are used, V2 clips
+its d around 0, log rho is clamped, and a response that is cut off before EOS loses --missing_eos_penalty.
 
 Notation: B prompts, K responses per prompt, N = B * K rows, P prompt length, R response length, V vocabulary.
-Prompts are padded on the left and responses on the right. Masks are boolean and True for real tokens. A
-tensor named `reward` is the paper's R; any other "reward" is its r, the `score`.
+Prompts are padded on the left and responses on the right. Masks are boolean and True for real tokens. In
+tensors, `score` is the paper's r and `reward` is its R. In logs and models, "reward" means r.
 """
 
 import json
@@ -52,7 +52,7 @@ class Args:
     device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1, ...")
     dtype: Literal["float32", "bfloat16"] = flag("float32", "bfloat16 is autocast: weights stay in float32")
     learning_rate: float = flag(3e-4, "Adam's rate, which falls linearly; 1e-6 to 3e-5 for pretrained models")
-    steps: int = flag(60, "number of training steps; with more of them, --resume goes on at a higher rate")
+    steps: int = flag(60, "number of training steps; if --resume raises it, the learning rate jumps up")
     prompts_per_step: int = flag(64, "B, prompts to sample responses to in each step")
     num_responses: int = flag(2, "K, responses per prompt; all K (K - 1) / 2 pairs are used")
     epochs: int = flag(2, "passes over the responses of a step, usually 1 to 4")
@@ -88,7 +88,7 @@ def pairwise_policy_gradient_loss(logp_new_seq, reward):
     """-(R1 - R2) (log pi(y1|x) - log pi(y2|x)) / 2. Its gradient is minus the pairwise one [P3O, Theorem 1].
 
     logp_new_seq (nats per response) and reward are (B, K), K >= 2. The loss is a scalar, the mean over
-    prompts and pairs. If the responses come from the current policy, the gradient is that of RLOO.
+    prompts and pairs. The gradient is that of RLOO. It is unbiased if the current policy gave the responses.
     """
     if logp_new_seq.shape != reward.shape or reward.dim() != 2 or reward.shape[1] < 2:
         raise ValueError(f"expected (B, K), K >= 2: {tuple(logp_new_seq.shape)}, {tuple(reward.shape)}")
@@ -188,7 +188,7 @@ def load_tokenizer(args):
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # safe: masks do not depend on it
     eos, record = tokenizer.eos_token, Path(args.dataset, "data.json")  # data.py writes this file
     end = json.loads(record.read_text())["eos_token"] if record.exists() else eos
-    suitable = eos == end and eos and len(tokenizer) > 1  # 1 if the tokenizer files are missing
+    suitable = eos == end and eos and len(tokenizer) > 1  # without its files it has length 1
     check(suitable, f"{args.model} has EOS {eos!r}, {args.dataset} has {end!r}; run sft.py first")
     return tokenizer
 
@@ -212,7 +212,7 @@ def read_prompts(splits, tokenizer, args):
 
 
 def data_order(num_rows, size, step, seed):
-    """The row numbers for step 1, 2, ... Each pass is shuffled by a seed, so there is no state to save."""
+    """The row numbers of one step, from 1 on. Passes are shuffled by seeds, so there is no state to save."""
     first, last = (step - 1) * size // num_rows, (step * size - 1) // num_rows  # the passes it touches
     generators = [torch.Generator().manual_seed(seed * 10**6 + i) for i in range(first, last + 1)]
     order = torch.cat([torch.randperm(num_rows, generator=generator) for generator in generators])
@@ -431,7 +431,7 @@ def train_step(step, policy, reference, reward_function, optimizer, prompts, off
     for _ in range(args.epochs):
         for minibatch in torch.randperm(B).split(args.minibatch_size):
             updates.append(update_policy(policy, optimizer, batch, reward, minibatch, args))
-    # 4. Report the metrics.
+    # Report the metrics.
     metrics = batch_metrics([batch])
     ids = batch["response_ids"].masked_fill(~batch["response_mask"], -1).view(B, K, -1)
     i, j = torch.triu_indices(K, K, offset=1)

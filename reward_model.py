@@ -144,7 +144,7 @@ def load_tokenizer(args):
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # safe: masks do not depend on it
     eos, record = tokenizer.eos_token, Path(args.dataset, "data.json")  # data.py writes this file
     end = json.loads(record.read_text())["eos_token"] if record.exists() else eos
-    suitable = eos == end and eos and len(tokenizer) > 1  # 1 if the tokenizer files are missing
+    suitable = eos == end and eos and len(tokenizer) > 1  # without its files it has length 1
     check(suitable, f"{args.model} has EOS {eos!r}, {args.dataset} has {end!r}; run sft.py first")
     return tokenizer
 
@@ -179,7 +179,7 @@ def read_rows(name, splits, columns, tokenizer, args):
 
 
 def data_order(num_rows, size, step, seed):
-    """The row numbers for step 1, 2, ... Each pass is shuffled by a seed, so there is no state to save."""
+    """The row numbers of one step, from 1 on. Passes are shuffled by seeds, so there is no state to save."""
     first, last = (step - 1) * size // num_rows, (step * size - 1) // num_rows  # the passes it touches
     generators = [torch.Generator().manual_seed(seed * 10**6 + i) for i in range(first, last + 1)]
     order = torch.cat([torch.randperm(num_rows, generator=generator) for generator in generators])

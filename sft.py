@@ -146,7 +146,7 @@ def read_rows(name, splits, columns, tokenizer, args):
 
 
 def data_order(num_rows, size, step, seed):
-    """The row numbers for step 1, 2, ... Each pass is shuffled by a seed, so there is no state to save."""
+    """The row numbers of one step, from 1 on. Passes are shuffled by seeds, so there is no state to save."""
     first, last = (step - 1) * size // num_rows, (step * size - 1) // num_rows  # the passes it touches
     generators = [torch.Generator().manual_seed(seed * 10**6 + i) for i in range(first, last + 1)]
     order = torch.cat([torch.randperm(num_rows, generator=generator) for generator in generators])
