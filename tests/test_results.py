@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT, run_script, word_tokenizer
+from transformers import AutoModelForSequenceClassification
 
 import toy
 
@@ -79,9 +80,8 @@ def test_the_first_page_gives_the_answer_of_every_question():
         heading = f"## [{title.strip('# ')}]({question}/README.md)"
         assert heading in first and f"]({question}/picture.png)" in first
         for line in lib.read_lines(RESULTS / question / "runs.jsonl"):
-            assert not {"prompt", "response", "text", "samples"} & set(line) and "Human:" not in json.dumps(
-                line
-            )
+            assert not {"prompt", "response", "text", "samples"} & set(line), question
+            assert "Human:" not in json.dumps(line), "text of HH-RLHF"
 
 
 # ------------------------------------------------------------------------------------------------ statistics
@@ -121,9 +121,8 @@ def test_a_method_with_a_known_share_of_the_optimum_gets_it_back():
     kls = [0.01 * i for i in range(801)]
     found = SimpleNamespace(sft={"reward": 1.0}, optimum={"kl": kls, "reward": [1 + 2 * x**0.5 for x in kls]})
     assert toy_task.best_gain(found, 2.25) == pytest.approx(3.0) and toy_task.best_gain(found, 8.1) is None
-    points = [{"kl": kl, "share": 0.95 - 0.1 * kl**0.5} for kl in (2.5, 0.05, 0.9)] + [
-        {"kl": 9, "share": None}
-    ]
+    points = [{"kl": kl, "share": 0.95 - 0.1 * kl**0.5} for kl in (2.5, 0.05, 0.9)]
+    points.append({"kl": 9, "share": None})
     for kl in (0.05, 0.3, 1.0, 2.5):
         expected = (0.95 - 0.1 * kl**0.5) * 2 * kl**0.5
         assert frontier.gain_at(found, points, kl) == pytest.approx(expected)
@@ -238,9 +237,8 @@ def test_a_leftover_folder_of_another_setting_is_refused(world, tmp_path):
     shutil.rmtree(folder)
     calls = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            lib, "call", lambda script, *words, **_: (calls.append(words), folder.mkdir(exist_ok=True))
-        )
+        made = dict(exist_ok=True)
+        patch.setattr(lib, "call", lambda _, *words, **__: (calls.append(words), folder.mkdir(**made)))
         lib.train_run(first, folder, paths, {})
         lib.train_run(first, folder, paths, {})  # it has ended: nothing to do
         assert calls == [()]
@@ -289,6 +287,26 @@ def test_a_script_with_offsets_by_place_starts(chain, tmp_path):
     words += ["--output_dir", tmp_path / "a"]
     done = run_script(script, "p3o.py", "--place_shift", 27.0, *words, cwd=chain)
     assert done.returncode == 0 and (tmp_path / "a/model.safetensors").exists(), done.stderr
+
+
+def test_relatives_have_equal_seconds_and_an_equivalent_problem(chain, tmp_path, monkeypatch):
+    """Steps by a table made up here; the reward model's scores four times as large, to the last bit."""
+    relatives = load(RESULTS / "relatives/run.py")
+    seconds = dict.fromkeys(relatives.METHODS, 2.0) | {"PPO, K = 2": 3.0, "P3O, K = 8": 2.5}
+    (tmp_path / "seconds.json").write_text(json.dumps({"seconds": seconds}))
+    steps = relatives.equal_seconds(tmp_path / "seconds.json")
+    assert (steps["PPO, K = 2"], steps["P3O, K = 8"], steps["P3O, K = 2"]) == (60, 72, 90)
+    world, paths = sys.modules["times_four"].ToyTimesFour(), {"reward_model": chain / "out/reward_model"}
+    monkeypatch.setattr(toy_task.Toy, "prepare", lambda *_: paths)
+    monkeypatch.setattr(lib, "ROOT", tmp_path)
+    world.prepare(None)
+    load_model, ids = AutoModelForSequenceClassification.from_pretrained, torch.arange(3, 30).unsqueeze(0)
+    one = load_model(chain / "out/reward_model")(ids).logits
+    four = load_model(tmp_path / relatives.FOUR["reward_model"])(ids).logits
+    assert torch.equal(4 * one, four) and one != 0
+    point = {"reward": 2.0, "gold_reward": 0.0, "kl": 1.0, "flags": relatives.FOUR}
+    found = SimpleNamespace(sft={"reward": 0.5, "gold_reward": 0.0}, optimum={})
+    assert world.complete(point, found)["objective"] == 1.0  # 1.5 - 0.5 * 1, not with a beta of 2
 
 
 def test_no_review_is_in_two_splits_and_pairs_are_balanced(monkeypatch):
