@@ -65,15 +65,8 @@ DEFAULTS |= {"bf16": False, "gradient_checkpointing": False, "per_device_eval_ba
 DEFAULTS |= {"logging_steps": 20, "report_to": "none", "eval_on_start": True}
 
 
-class P3OTrainer(RLOOTrainer):
-    def __init__(self, flags, args, **options):
-        divides = args.per_device_train_batch_size % args.num_generations == 0
-        divides &= args.per_device_eval_batch_size % (args.num_generations_eval or args.num_generations) == 0
-        p3o.check(divides, "--num_generations must divide --per_device_{train,eval}_batch_size")
-        plain = not (args.normalize_advantages or args.reward_clip_range or args.mask_truncated_completions)
-        p3o.check(plain, "P3O takes rewards as they are; leave out what normalizes, clips or masks them")
-        super().__init__(args=args, **options)
-        self.flags = flags
+class LiteralPrompts:
+    """What every trainer of TRL needs to see prompts as p3o.py sees them."""
 
     def _tokenize_prompts(self, prompts):
         """Adds no special tokens, because the data set holds what the model is to see."""
@@ -86,6 +79,17 @@ class P3OTrainer(RLOOTrainer):
             return model(**inputs, position_ids=(inputs["attention_mask"].cumsum(1) - 1).clamp(min=0))
 
         return super()._get_per_token_logps_and_entropies(forward, *args, **options)
+
+
+class P3OTrainer(LiteralPrompts, RLOOTrainer):
+    def __init__(self, flags, args, **options):
+        divides = args.per_device_train_batch_size % args.num_generations == 0
+        divides &= args.per_device_eval_batch_size % (args.num_generations_eval or args.num_generations) == 0
+        p3o.check(divides, "--num_generations must divide --per_device_{train,eval}_batch_size")
+        plain = not (args.normalize_advantages or args.reward_clip_range or args.mask_truncated_completions)
+        p3o.check(plain, "P3O takes rewards as they are; leave out what normalizes, clips or masks them")
+        super().__init__(args=args, **options)
+        self.flags = flags
 
     def _generate_and_score_completions(self, inputs):
         """Reshapes (N, ...) to (B, K, ...) (1)."""

@@ -24,6 +24,7 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import p3o  # noqa: E402
+from examples.p3o_with_trl import LiteralPrompts  # noqa: E402
 
 OPTIONS = {  # what makes the three methods out of TRL's two trainers
     "rloo": {},
@@ -35,19 +36,6 @@ OPTIONS = {  # what makes the three methods out of TRL's two trainers
 @dataclass
 class Args(p3o.Args):
     method: Literal["rloo", "grpo", "dr_grpo"] = p3o.flag("grpo", "the method to train with")
-
-
-class LiteralPrompts:
-    """Takes prompts word for word, and counts positions from the first real token, as p3o.py does."""
-
-    def _tokenize_prompts(self, prompts):
-        return self.processing_class(text=prompts, add_special_tokens=False)["input_ids"], None, {}
-
-    def _get_per_token_logps_and_entropies(self, model, *args, **options):
-        def forward(**inputs):
-            return model(**inputs, position_ids=(inputs["attention_mask"].cumsum(1) - 1).clamp(min=0))
-
-        return super()._get_per_token_logps_and_entropies(forward, *args, **options)
 
 
 class RLOO(LiteralPrompts, RLOOTrainer):
