@@ -14,19 +14,18 @@ from toy_task import Toy
 
 SEEDS, BETAS, METHODS = range(1, 6), (1.0, 0.5, 0.25, 0.1, 0.05), ("P3O", "PPO", "DPO", "online DPO")
 PLAN = [lib.run(m, seed, {"beta": b}, beta=b) for m in METHODS for b in BETAS for seed in SEEDS]
-CHANGES = {"true gain": "gold_gain", "reward model's gain": "gain"}
+GAINS = {"reward model's gain": "gain", "true gain": "gold_gain"}
 
 
 def tables(found):
     rows = []
-    for m in METHODS:
-        points = {beta: found.pick(method=m, beta=beta) for beta in BETAS[2:]}
-        row = {"method": m} | {
-            f"true gain, beta {b}": lib.interval(x, "gold_gain") for b, x in points.items()
-        }
-        for b, (what, name) in [(b, x) for b in (0.25, 0.1) for x in CHANGES.items()]:
-            row[f"{what}, beta 0.05 minus {b}"] = lib.paired(points[0.05], points[b], name)
-        rows.append(row | {"KL, beta 0.05": lib.interval(points[0.05], "kl")})
+    for m, b in [(m, b) for m in METHODS for b in BETAS[2:]]:
+        points, last = found.pick(method=m, beta=b), found.pick(method=m, beta=0.05)
+        row = {"method": m, "beta": str(b), "KL": lib.interval(points, "kl")}
+        row |= {title: lib.interval(points, name) for title, name in GAINS.items()}
+        for title, name in GAINS.items():
+            row[f"{title}: beta 0.05 minus this"] = lib.paired(last, points, name) if b > 0.05 else None
+        rows.append(row)
     return {"gold": rows}
 
 

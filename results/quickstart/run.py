@@ -66,7 +66,7 @@ def tables(found):
     policies = lines["python frontier.py"]["policies"]
     names = dict(zip(("gain", "true gain", "KL", "share of the best"), KEPT[1:]))
     row = {"policy": "P3O"} | {title: tuple(policies["p3o"][x]) for title, x in names.items()}
-    row["wins against SFT"] = tuple(policies["p3o"]["win_rate_vs"]["sft"])
+    row["wins against SFT, by the reward model"] = tuple(policies["p3o"]["win_rate_vs"]["sft"])
     first = found.points[0]
     about = f"{first['hardware']}, torch {first['torch']}, commit {first['commit']}"
     source = f"Run on {about}. The first six commands took {first['chain_seconds']} seconds. In brackets: 95%"
