@@ -61,26 +61,6 @@ def sentiment(v):
     return 3 * (math.exp(2 * v) - 1) / (math.exp(2 * v) + 1)
 
 
-BY_HAND = {
-    "the cafe is nice .": sentiment(1) + 1.0,
-    "the cafe is very nice .": sentiment(1.5) + 1.0,
-    "the cafe is not nice .": sentiment(-1) + 1.0,
-    "i saw it .": 0.0,
-    GOOD: sentiment(1 + 1 + 1 + 1.5) + 2.0,
-    "the cafe is nice and nice .": sentiment(1) + 1.0 - 0.5,
-    "cafe the is nice . we loved it .": sentiment(1) - 1.2,
-    "   \n": -1.2,
-    "nice nice nice": -1.2 - 1.0,
-    "the bakery is old . the zoo is new . i saw it . we found it .": -0.2 * 4,
-}
-
-
-@pytest.mark.parametrize("response", BY_HAND)
-def test_gold_reward_by_hand(response):
-    assert toy.quality(PROMPT, response) == pytest.approx(BY_HAND[response], abs=1e-12)
-    assert toy.gold_reward(PROMPT, response) == toy.quality(PROMPT, response) + toy.prompt_offset(PROMPT)
-
-
 PHRASES, NOUNS = ["A", "MA"], ["DN", "DAN"]
 CLAUSES = ["PV" + object for object in [*NOUNS, "O"]]
 CLAUSES += [noun + "C" + phrase + more for noun in NOUNS for phrase in PHRASES for more in ["", "KA", "KMA"]]
@@ -117,8 +97,13 @@ def naive_quality(prompt, response):
 
 
 def test_quality_agrees_with_a_naive_second_computation(rows):
-    """On written rows, random words, and words of random classes with short sentences."""
+    """On written rows, random words, and words of random classes with short sentences; a few by hand."""
+    assert toy.quality(PROMPT, "the cafe is not nice .") == pytest.approx(sentiment(-1) + 1.0)
+    assert toy.quality(PROMPT, GOOD) == pytest.approx(sentiment(1 + 1 + 1 + 1.5) + 2.0)
+    assert toy.quality(PROMPT, "nice nice nice") == pytest.approx(-1.2 - 1.0)
+    assert toy.gold_reward(PROMPT, GOOD) == toy.quality(PROMPT, GOOD) + toy.prompt_offset(PROMPT)
     pairs = [(r["prompt"], r[key]) for r in rows["preferences", "test"] for key in ("chosen", "rejected")]
+    pairs += [(PROMPT, "   \n"), (PROMPT, "the cafe is nice and nice ."), (PROMPT, "cafe the is nice .")]
     rng = random.Random(0)
     words, letters = [*toy.CLASS, "please", "unknown"], list(toy.CLASSES)
     for prompt, _ in pairs[:400]:
