@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import lib
 from times_four import FOUR, ToyTimesFour
 
-SEEDS, FEWER, RATES = range(1, 6), (1, 3, 5), (1e-4, 3e-4, 1e-3)
+SEEDS, RATES = range(1, 6), (1e-4, 3e-4, 1e-3)
 EDGE = {"P3O, K = 8": 3e-3, "PPO, K = 2": 3e-3, "online DPO, K = 2": 3e-5}  # the best was an outer rate
 EDGE |= {"GRPO, K = 2": 3e-5, "GRPO, K = 8": 3e-5}
 OFFSETS = 6.8  # four times the reward's spread among the SFT model's responses to a prompt
@@ -56,22 +56,22 @@ def equal_seconds(path=Path(__file__).with_name("step_seconds.json")):
 STEPS = equal_seconds()
 PLAN = [job(name, 0, "tuning", rate) for name in METHODS for rate in RATES]
 PLAN += [job(name, 0, "tuning", rate) for name, rate in EDGE.items()]
-PLAN += [job(name, seed, "samples") for seed in SEEDS for name in METHODS]
-for seed in FEWER:
+for seed in SEEDS:
+    PLAN += [job(name, seed, "samples") for name in METHODS]
     PLAN += [job(name, seed, "seconds", **({"steps": x} if x != 60 else {})) for name, x in STEPS.items()]
     PLAN += [job(name, seed, "offsets", reward_shift=OFFSETS) for name in CHANGED]
     PLAN += [job(name, seed, "times four", **FOUR) for name in CHANGED]
 
 
 def comparison(found, part):
-    """A row for each method; its last cell is the mean difference to P3O's objective, seed by seed."""
+    """A row for each method; its last cell is its objective minus that of P3O, K = 2, seed by seed."""
     rows, p3o = [], found.pick(name="P3O, K = 2", part=part)
     for name in METHODS:
         points, row = found.pick(name=name, part=part), {"method": name}
         row |= {"steps": str(STEPS[name])} if part == "seconds" else {}
         row |= {column: lib.interval(points, x) for column, x in COLUMNS.items()}
-        less = lib.paired(p3o, points, "objective") if name != "P3O, K = 2" else None
-        rows.append(row | {"P3O, K = 2, minus it": less})
+        more = lib.paired(points, p3o, "objective") if name != "P3O, K = 2" else None
+        rows.append(row | {"objective minus that of P3O, K = 2": more})
     return rows
 
 
@@ -93,7 +93,7 @@ def tables(found):
 
 def picture(found):
     figure, (axis,) = lib.axes(1, 8.4, 4.8)
-    looks = {"samples": ("o", None, "as many samples"), "seconds": ("s", "white", "as many seconds")}
+    looks = {"samples": ("o", None, "the same number of samples"), "seconds": ("s", "white", "the same time")}
     for place, (part, (marker, inside, label)) in enumerate(looks.items()):
         for x, name in enumerate(METHODS):
             cells = [lib.interval(found.pick(name=name, part=part), "objective")]
