@@ -1,6 +1,7 @@
 """results/: every table and page is what its runs.jsonl says; runs are trained, measured and refused as promised."""
 
 import importlib.util
+import itertools
 import json
 import math
 import random
@@ -13,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT, run_script, word_tokenizer
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import toy
 
@@ -338,29 +339,48 @@ def test_no_review_is_in_two_splits_and_pairs_are_balanced(monkeypatch):
     assert len(homes) > 300 and all(len(home) == 1 for home in homes.values())
 
 
-def test_best_of_n_and_the_optimum_of_a_coin():
-    """Rewards of 0 and 1: the optimum at beta 1 is a coin with P(1) = sigmoid(1), best of 2 fails at two zeros."""
+def test_preferences_and_the_best_of_n_on_film_reviews():
+    """By loops: over all pairs of answers, and over all subsets of n and all answers outside them."""
     load(RESULTS / "language/run.py")
-    sft = {"reward": [[0.0, 1.0] * 32] * 5, "judge": [[0.0, 0.5] * 32] * 5}
-    found, p = sys.modules["film_reviews"].untrained(sft, 1.0, (2,)), 1 / (1 + math.exp(-1))
-    two = 0.5 - math.comb(32, 2) / math.comb(64, 2)
-    kl = math.log(2) + p * math.log(p) + (1 - p) * math.log(1 - p)
-    expected = {"best of 2, untrained": (two, math.log(2) - 0.5, two / 2)}
-    expected["the optimum"] = p - 0.5, kl, p / 2 - 0.25
-    for name, values in expected.items():
-        means = [found[name][x].mean().item() for x in ("gain", "KL", "judge's gain")]
-        assert means == pytest.approx(list(values)), name
+    module, rng, mean, near = sys.modules["film_reviews"], random.Random(0), statistics.fmean, pytest.approx
+    rewards = [[[rng.randrange(9) + i / 10 for i in range(6)] for _ in range(4)] for _ in "ab"]  # no ties
+    sft, policy = ({"reward": x, "judge": [[rng.randrange(9) for _ in y] for y in x]} for x in rewards)
+    found = module.by_prompt(policy | {"kl": [1.0] * 4}, sft)
+    for p in range(4):
+        pairs = [(x > y) + (x == y) / 2 for x in policy["judge"][p] for y in sft["judge"][p]]
+        assert found["preferred by the judge"][p].item() == near(mean(pairs))
+        assert found["gain"][p].item() == near(mean(policy["reward"][p]) - mean(sft["reward"][p]))
+    for n, values in module.best_of_n(sft, (1, 2, 4)).items():
+        for p, (reward, judge) in enumerate(zip(sft["reward"], sft["judge"])):
+            subsets = [(max(x, key=reward.__getitem__), x) for x in itertools.combinations(range(6), n)]
+            wins = [(judge[i], judge[j]) for i, x in subsets for j in range(6) if j not in x]
+            wins = mean((a > b) + (a == b) / 2 for a, b in wins)
+            assert values["preferred by the judge"][p].item() == near(wins)
+            assert values["gain"][p].item() == near(mean(reward[i] for i, _ in subsets) - mean(reward))
+        assert values["KL"][0].item() == near(math.log(n) - (n - 1) / n)
 
 
-def test_offsets_changed_nothing_that_p3o_answered_on_film_reviews():
-    lines = [line for line in lib.read_lines(RESULTS / "language/runs.jsonl") if "flags" in line]
-    plain = {lib.key(line): line for line in lines}
-    shifted = [line for line in lines if "reward_shift" in line["flags"]]
-    assert len(shifted) == 4
-    for line in shifted:
-        flags = {x: y for x, y in line["flags"].items() if x != "reward_shift"}
-        other = plain[lib.key({"method": line["method"], "flags": flags})]
-        assert (line["reward"] == other["reward"]) == (line["method"] == "P3O")
+def test_the_judge_reads_whole_reviews_and_the_curve_compares_with_step_0(chain, tmp_path, monkeypatch):
+    load(RESULTS / "language/run.py")
+    world = sys.modules["film_reviews"].FilmReviews()
+    world.judge_folder, world.flags = chain / "out/reward_model", {"device": "cpu"}
+    world.dtype = {"dtype": "float32"}
+    model = AutoModelForSequenceClassification.from_pretrained(world.judge_folder)
+    tokenizer = AutoTokenizer.from_pretrained(world.judge_folder)
+    responses = " the market is big .", " the market is small and local ."
+    rows = [{"prompt": "write about the market", "response": x} for x in responses]
+    for row, score in zip(rows, world.judge(rows)):  # one text without padding, read by transformers alone
+        ids = tokenizer(row["prompt"] + row["response"] + tokenizer.eos_token, return_tensors="pt").input_ids
+        assert score == pytest.approx(model(ids).logits.item(), abs=1e-4)
+    others = {f"eval_{x}": 0.5 for x in ("kl", "response_length", "eos_rate")}
+    log = {"step": 0, "eval_reward": 1.0} | others, {"step": 1}, {"step": 2, "eval_reward": 3.0} | others
+    lib.write_lines(tmp_path / "metrics.jsonl", log)
+    for step, scores in {0: (1, 2, 3), 2: (2, 3, 2)}.items():
+        lib.write_lines(tmp_path / f"samples_{step}.jsonl", [{"score": x} for x in scores])
+    monkeypatch.setattr(world, "judge", lambda rows: [row["score"] for row in rows])
+    first, last = world.curve(tmp_path)
+    assert [(x["judge"], x["preferred"]) for x in (first, last)] == [(2, 0.5), (2.3333, 0.6667)]
+    assert (first["reward"], last["reward"], last["step"], last["eos_rate"]) == (1.0, 3.0, 2, 0.5)
 
 
 def test_seconds_and_memory_of_a_process(tmp_path):

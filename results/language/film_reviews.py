@@ -11,18 +11,20 @@ import shutil
 import statistics
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import lib
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 sys.path.insert(0, str(lib.ROOT))
-from frontier import best_of_n_kl, gibbs_frontier
+import evaluate
+from frontier import best_of_n_kl
 
 FIRST_WORDS, PROMPT, RESPONSE, WHOLE = 4, 12, 16, 32  # words; tokens of a prompt, a response, a review
-SFT, VALIDATION, TEST, PAIRS = 1900, 64, 128, 75  # rows; held-out reviews of each label for the pairs
-PROMPTS, RESPONSES, SFT_RESPONSES = 64, 8, 160  # of the test prompts, and answers to each
+SFT, VALIDATION, TEST, PAIRS = 1900, 128, 128, 75  # rows; held-out reviews of each label for the pairs
+PROMPTS, RESPONSES, SHOWN = 64, 8, 5  # test prompts, answers to each; prompts with an answer on the page
 STAGE = {"learning_rate": 2e-5, "minibatch_size": 16, "prompt_length": PROMPT, "eval_every": 1000}
 
 
@@ -95,7 +97,7 @@ class FilmReviews:
     }
 
     def prepare(self, args):
-        base, self.judge = lib.OUT / "film_reviews", lib.OUT / "film_reviews/judge"
+        base, self.judge_folder = lib.OUT / "film_reviews", lib.OUT / "film_reviews/judge"
         self.flags, self.dtype = {"device": args.device}, {"dtype": "bfloat16"}
         if not (base / "data").exists():
             splits = make_splits(read_reviews(args.reviews, AutoTokenizer.from_pretrained(args.model)))
@@ -118,55 +120,82 @@ class FilmReviews:
         return paths | {"prompts": base / "data/prompts"}
 
     def measure(self, folder, paths):
-        """The scores of every answer by the reward model and by the judge, and the KL at every prompt."""
-        sft = lib.OUT / "film_reviews/sft_answers.json"
-        if not sft.exists():
-            sft.write_text(json.dumps(self.ask(folder, "sft", SFT_RESPONSES, paths)))
-        return json.loads(sft.read_text()), self.ask(folder, folder.name, RESPONSES, paths)
+        """The SFT model's line and the run's: reward and judge's score of every answer, and the curves."""
+        flags = {"dataset": paths["prompts"], "num_prompts": PROMPTS, "samples_per_prompt": RESPONSES}
+        policies, lines = lib.answers(f"{folder}.answers", [folder], **flags, **self.flags, **self.dtype), []
+        for rows in (policies["sft"], policies[folder.name]):
+            by_prompt = [slice(i, i + RESPONSES) for i in range(0, len(rows), RESPONSES)]
+            columns = {"reward": [row["reward"] for row in rows], "judge": self.judge(rows)}
+            line = {x: [[round(z, 3) for z in y[some]] for some in by_prompt] for x, y in columns.items()}
+            line["kl"] = [round(statistics.fmean(row["kl_exact"] for row in rows[x]), 4) for x in by_prompt]
+            line |= {x: round(statistics.fmean(row[x] for row in rows), 4) for x in ("length", "ended")}
+            first = rows[: SHOWN * RESPONSES : RESPONSES]
+            lines.append(line | {"first_answers": [[row["prompt"], row["response"]] for row in first]})
+        lines[1]["curve"] = self.curve(folder)
+        return lines
 
-    def ask(self, folder, policy, count, paths):
-        flags = {"dataset": paths["prompts"], "num_prompts": PROMPTS, "samples_per_prompt": count}
-        flags |= self.dtype | self.flags
-        rows = lib.answers(f"{folder}.answers", [folder], **flags)[policy]
-        judge = {"reward_model": self.judge, "missing_eos_penalty": 0.0}
-        judged = lib.answers(f"{folder}.judged", [folder], **flags, **judge)[policy]
-        if [row["response"] for row in rows] != [row["response"] for row in judged]:
-            sys.exit(f"error: {policy} answered differently when judged; use a device that repeats itself")
-        by_prompt = [slice(i, i + count) for i in range(0, len(rows), count)]
-        line = {"reward": [[round(row["reward"], 3) for row in rows[x]] for x in by_prompt]}
-        line["judge"] = [[round(row["reward"], 3) for row in judged[x]] for x in by_prompt]
-        line["kl"] = [round(statistics.fmean(row["kl_exact"] for row in rows[x]), 4) for x in by_prompt]
-        return line | {x: round(statistics.fmean(row[x] for row in rows), 4) for x in ("length", "ended")}
+    def curve(self, folder):
+        """What the run's evaluations on the validation prompts say: a dict for each of them."""
+        points, start = [], None
+        for row in [row for row in lib.read_lines(folder / "metrics.jsonl") if "eval_reward" in row]:
+            answers = lib.read_lines(folder / f"samples_{row['step']}.jsonl")
+            judged = self.judge(answers)
+            start = start or judged  # at step 0 the policy is the SFT model
+            wins = statistics.fmean((x > y) + (x == y) / 2 for x, y in zip(judged, start))
+            names = "reward", "kl", "response_length", "eos_rate"
+            point = {"step": row["step"]} | {x: row[f"eval_{x}"] for x in names}
+            points.append(point | {"judge": statistics.fmean(judged), "preferred": wins})
+        return [{x: round(y, 4) for x, y in point.items()} for point in points]
+
+    def judge(self, rows):
+        """The judge's score of every answer, which it reads as a finished review."""
+        args = SimpleNamespace(prompt_length=PROMPT, response_length=2 * RESPONSE, **self.flags, **self.dtype)
+        tokenizer, scores = AutoTokenizer.from_pretrained(self.judge_folder), []
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+        options = AutoModelForSequenceClassification, self.judge_folder, tokenizer, args
+        model = evaluate.load_model(*options, num_labels=1)
+        for part in (rows[first : first + 64] for first in range(0, len(rows), 64)):
+            texts = [row["prompt"] for row in part], [row["response"] + tokenizer.eos_token for row in part]
+            ids = [tokenizer(list(x), add_special_tokens=False)["input_ids"] for x in texts]
+            with torch.no_grad(), evaluate.autocast(args):
+                scores += evaluate.read_score(model, **evaluate.pad_rows(*ids, tokenizer, args)).tolist()
+        return scores
 
     def complete(self, point, found):
         return point  # the tables need the values of every prompt
 
 
 # ------------------------------------------------------------------------ values by prompt, for the tables
-def by_prompt(line, sft, beta):
-    """{value: (P,)} of a run: gain, KL, objective, and the judge's gain at every prompt."""
+NAMES = {"gain": "reward", "judge's gain": "judge"}
+
+
+def by_prompt(line, sft):
+    """{value: (P,)} of a run: gain, KL, judge's gain, and its preference, at every prompt."""
     tensors = {x: torch.tensor(line[x], dtype=torch.float64) for x in ("reward", "judge", "kl")}
-    gain, judged = (tensors[x].mean(1) - tensors[x].new_tensor(sft[x]).mean(1) for x in ("reward", "judge"))
-    return columns(gain, tensors["kl"], judged, beta)
+    sft = {x: torch.tensor(sft[x], dtype=torch.float64) for x in ("reward", "judge")}
+    gains = {x: tensors[y].mean(1) - sft[y].mean(1) for x, y in NAMES.items()}
+    ours, theirs = tensors["judge"].unsqueeze(2), sft["judge"].unsqueeze(1)  # all pairs: (P, S, S)
+    wins = (ours > theirs).double() + (ours == theirs).double() / 2
+    return gains | {"KL": tensors["kl"], "preferred by the judge": wins.mean((1, 2))}
 
 
-def columns(gain, kl, judge, beta):
-    return {"gain": gain, "KL": kl, "objective": gain - beta * kl, "judge's gain": judge}
-
-
-def untrained(sft, beta, best_of):
-    """{policy: values by prompt} of what the SFT model's answers alone say: best of n, and the optimum."""
+def best_of_n(sft, counts):
+    """{n: values by prompt} of the best of n of the SFT model's answers, by the reward model's choice."""
     reward, judge = (torch.tensor(sft[x], dtype=torch.float64) for x in ("reward", "judge"))
     values, N = {}, reward.shape[1]
-    for n in best_of:  # over all subsets of n: the i-th smallest of N is the largest of C(i - 1, n - 1)
-        share = torch.tensor([math.comb(i, n - 1) / math.comb(N, n) for i in range(N)], dtype=torch.float64)
-        gain, judged = (x.gather(1, reward.argsort(1)) @ share - x.mean(1) for x in (reward, judge))
-        kl = torch.full_like(gain, best_of_n_kl(n))
-        values[f"best of {n}, untrained"] = columns(gain, kl, judged, beta)
-    rows = [gibbs_frontier(r, [beta], gold=j)[0] for r, j in zip(reward.split(1), judge.split(1))]
-    names = "reward", "kl", "gold_reward"
-    best, kl, judged = (torch.tensor([row[x] for row in rows], dtype=torch.float64) for x in names)
-    values["the optimum"] = columns(best - reward.mean(1), kl, judged - judge.mean(1), beta)
+    ranked = judge.gather(1, reward.argsort(1))  # the judge's scores, from the least reward to the most
+    wins = (ranked.unsqueeze(2) > ranked.unsqueeze(1)).double()
+    wins += (ranked.unsqueeze(2) == ranked.unsqueeze(1)).double() / 2  # of answer i over answer j
+    for n in counts:  # over all subsets of n: the i-th smallest of N is the largest of C(i - 1, n - 1)
+        share = [math.comb(i, n - 1) / math.comb(N, n) for i in range(N)]
+        apart = [  # i is the largest of a subset, and j is not in it
+            [(i != j) * math.comb(i - (j < i), n - 1) / math.comb(N, n) / (N - n) for j in range(N)]
+            for i in range(N)
+        ]
+        share, apart = (torch.tensor(x, dtype=torch.float64) for x in (share, apart))
+        gain, judged = reward.sort(1)[0] @ share - reward.mean(1), ranked @ share - judge.mean(1)
+        values[n] = {"gain": gain, "KL": torch.full_like(gain, best_of_n_kl(n)), "judge's gain": judged}
+        values[n]["preferred by the judge"] = (wins * apart).sum((1, 2))
     return values
 
 
