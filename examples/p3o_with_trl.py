@@ -172,4 +172,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    main().accelerator.end_training()  # ends the processes' group, without which an exit may abort

@@ -223,3 +223,4 @@ if __name__ == "__main__":
     example.P3OTrainer._generate_single_turn = fixed_responses([])
     accelerator = example.main(sys.argv[1:]).accelerator
     print(f"{accelerator.num_processes} processes, {accelerator.distributed_type.value}", flush=True)
+    accelerator.end_training()
