@@ -166,14 +166,14 @@ class FilmReviews:
 
 
 # ------------------------------------------------------------------------ values by prompt, for the tables
-NAMES = {"gain": "reward", "judge's gain": "judge"}
+GAINS = {"gain": "reward", "judge's gain": "judge"}
 
 
 def by_prompt(line, sft):
-    """{value: (P,)} of a run: gain, KL, judge's gain, and its preference, at every prompt."""
+    """{value: (P,)} of a run, at every prompt: gain, KL, the judge's gain, and how often it prefers it."""
     tensors = {x: torch.tensor(line[x], dtype=torch.float64) for x in ("reward", "judge", "kl")}
     sft = {x: torch.tensor(sft[x], dtype=torch.float64) for x in ("reward", "judge")}
-    gains = {x: tensors[y].mean(1) - sft[y].mean(1) for x, y in NAMES.items()}
+    gains = {x: tensors[y].mean(1) - sft[y].mean(1) for x, y in GAINS.items()}
     ours, theirs = tensors["judge"].unsqueeze(2), sft["judge"].unsqueeze(1)  # all pairs: (P, S, S)
     wins = (ours > theirs).double() + (ours == theirs).double() / 2
     return gains | {"KL": tensors["kl"], "preferred by the judge": wins.mean((1, 2))}

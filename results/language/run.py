@@ -62,7 +62,7 @@ def tables(found):
         answers += [f"- {prompt} ...", *texts]
     rates = [{x: str(y) for x, y in line.items() if x in TUNING[-1]} for line in TUNING]
     source = lib.source(found, "bootstrap over prompts, for these very trainings")
-    return {"policies": policies, "answers": "\n".join(answers), "rates": rates, "source": source}
+    return {"policies": policies, "answers": "\n".join(answers), "rates": rates or "", "source": source}
 
 
 PANELS = {

@@ -13,6 +13,7 @@ import lib  # noqa: E402
 from film_reviews import FilmReviews  # noqa: E402
 from run import BETA, STEPS, keep_freed_memory, one_run  # noqa: E402
 
+# Both were tried at 2e-5 and 4e-5, and then at the next rate on the side of the better one.
 GRID = {"P3O": (2e-5, 4e-5, 8e-5), "PPO": (1e-5, 2e-5, 4e-5)}
 
 
